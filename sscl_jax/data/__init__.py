@@ -1,0 +1,1 @@
+"""Data: NIfTI files, the preprocessing recipe, the prepared dataset and its batches."""

@@ -1,0 +1,238 @@
+"""NIfTI files in and out (NumPy, no JAX).
+
+Arrays keep the axis order of the file, (X, Y, Z[, C]), and come with the affine that takes voxel
+indices to millimetres. Every error is a ValueError or FileNotFoundError that starts with the path.
+"""
+
+import gzip
+import math
+import os
+import warnings
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.affines import voxel_sizes
+
+MAX_VOXELS = 2**31
+MAX_LABELS = 256
+# Deflate cannot shrink by more than this factor, so a .gz file bounds the data that it holds.
+_DEFLATE_RATIO = 1032
+
+
+def read_image(
+    path: str | Path, channels: bool = False
+) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header]:
+    """Reads an image.
+
+    Args:
+      path: a `.nii` or `.nii.gz` file of shape (X, Y), (X, Y, Z) or (X, Y, Z, 1); other 4-D shapes
+        only with `channels`.
+      channels: take the fourth axis as the channels of one image.
+
+    Returns:
+      The image as float32 (X, Y, Z, C) with the file's intensity scaling applied, C = 1 for a 3-D
+      file; its affine, float64 (4, 4), mm; its header, for `write_mask`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: not NIfTI, damaged or truncated, RGB or complex, a shape other than the above, or
+        voxels that are not finite.
+
+    Warns:
+      UserWarning: the affine's axes are not at right angles (they are then treated as if they were).
+    """
+    image, array = _load(path, np.float32)
+    if array.ndim == 4 and not channels:
+        raise ValueError(
+            f"{path}: the image is 4-D, shape {array.shape}; split it into 3-D files, one for each "
+            "time point, or say that its fourth axis holds the channels of one image"
+        )
+    bad = array.size - np.count_nonzero(np.isfinite(array))
+    if bad:
+        first = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+        raise ValueError(
+            f"{path}: {bad} of {array.size} voxels are NaN, infinite or beyond float32, the first "
+            f"at {first}; replace them by numbers"
+        )
+    affine = np.asarray(image.affine, np.float64)
+    shear = _shear(affine)
+    if shear > 1e-3:
+        warnings.warn(
+            f"{path}: the affine is sheared (axes off a right angle by {math.degrees(shear):.2g} "
+            "degrees); distances and resampling ignore this",
+            stacklevel=2,
+        )
+    return array.reshape(*array.shape[:3], -1), affine, image.header
+
+
+def read_label(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a label map.
+
+    Returns:
+      The labels (X, Y, Z) in the smallest unsigned integer type that holds them, with the values of
+      the file; the affine, float64 (4, 4), mm.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: as `read_image`; or values that are fractional, negative, not finite or too many
+        to be labels.
+    """
+    image, array = _load(path, None)
+    if array.ndim == 4:
+        raise ValueError(f"{path}: the label map is 4-D, shape {array.shape}; give one 3-D file")
+    if array.dtype.kind == "f":
+        # A label stored with an intensity scaling comes back with rounding errors, hence 1e-4.
+        with np.errstate(invalid="ignore"):
+            wrong = ~(np.abs(array - np.rint(array)) < 1e-4)
+        if wrong.any():
+            raise ValueError(
+                f"{path}: labels must be whole numbers, found {_some(array[wrong])}; is this an "
+                "image or a probability map?"
+            )
+        array = np.rint(array)
+    low, high = array.min(), array.max()
+    if low < 0 or high >= 2**32:
+        odd = array[(array < 0) | (array >= 2**32)]
+        raise ValueError(
+            f"{path}: labels must lie in 0..2^32-1, found {_some(odd)}; is this an image?"
+        )
+    array = array.astype(np.min_scalar_type(int(high)))
+    distinct = (
+        np.count_nonzero(np.bincount(array.ravel())) if high < 2**16 else np.unique(array).size
+    )
+    if distinct > MAX_LABELS:
+        raise ValueError(
+            f"{path}: {distinct} distinct values, a label map has at most {MAX_LABELS}; is this an "
+            "image?"
+        )
+    return array, np.asarray(image.affine, np.float64)
+
+
+def write_mask(
+    path: str | Path, mask: np.ndarray, affine: np.ndarray, header: nib.Nifti1Header
+) -> None:
+    """Writes a mask that overlays the image that `affine` and `header` come from.
+
+    The header's geometry (qform, sform, their codes, units, voxel sizes) is kept bit for bit. The
+    voxels are stored as the smallest unsigned integer type that holds the largest, unscaled.
+    Header extensions are dropped, since they can hold the patient's name. The file appears under
+    its name only when complete; the parent folder is made.
+
+    Args:
+      path: ends in `.nii` or `.nii.gz`.
+      mask: (X, Y, Z), whole numbers >= 0.
+      affine: (4, 4), as read with `header`.
+      header: of the image, see `read_image`.
+
+    Raises:
+      ValueError: the mask is not of a whole-number type, has negative values or another shape than
+        the header; the affine is not the header's; the name has another ending.
+    """
+    path, mask = Path(path), np.asarray(mask)
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        raise ValueError(f"{path}: a mask's file name must end in .nii or .nii.gz")
+    if mask.dtype.kind not in "biu" or (mask.size and mask.min() < 0):
+        raise ValueError(f"{path}: a mask holds whole numbers >= 0, got {mask.dtype}")
+    shape = header.get_data_shape()[:3]
+    if mask.shape != shape + (1,) * (3 - len(shape)):
+        raise ValueError(f"{path}: the mask's shape {mask.shape} is not the image's, {shape}")
+    if not np.allclose(affine, header.get_best_affine(), rtol=1e-5, atol=1e-4):
+        raise ValueError(f"{path}: the affine is not the header's; give those of the same image")
+
+    header = header.copy()
+    dtype = np.min_scalar_type(int(mask.max(initial=0)))
+    header.extensions.clear()
+    header["vox_offset"] = 0
+    header["cal_min"] = header["cal_max"] = 0
+    header.set_intent("none")
+    header.set_data_shape(shape)
+    header.set_data_dtype(dtype)
+    header.set_slope_inter(1, 0)
+    image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    # With an affine nibabel would rewrite qform and sform; without one it leaves the header's.
+    image = image_class(mask.astype(dtype).reshape(shape), None, header)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        nib.save(image, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _load(path: str | Path, dtype: type | None) -> tuple[nib.Nifti1Image, np.ndarray]:
+    """Returns the nibabel image and its scaled voxels (3-D or 4-D), as `dtype` or as they come."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        image = nib.load(path)
+    except Exception as error:  # a damaged header can make nibabel raise almost anything
+        raise ValueError(
+            f"{path}: cannot be read as NIfTI ({_one_line(error)}); is it complete, and .nii or "
+            ".nii.gz as its name says?"
+        ) from error
+    if not isinstance(image, nib.Nifti1Image):
+        raise ValueError(f"{path}: is {type(image).__name__}; convert it to .nii.gz")
+    stored = image.get_data_dtype()
+    if stored.kind not in "biuf":
+        kind = "an RGB colour" if stored.fields else f"a {stored}"
+        raise ValueError(f"{path}: is {kind} image; convert it to one number per voxel")
+
+    shape = image.shape
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    shape = shape + (1,) * (3 - len(shape)) if len(shape) >= 2 else shape
+    if len(shape) not in (3, 4) or min(shape) < 1:
+        raise ValueError(f"{path}: has shape {image.shape}; expected (X, Y, Z)")
+    # Compare the claim with the file before anything is allocated for it.
+    compressed = path.name.lower().endswith(".gz")
+    expected = int(image.dataobj.offset) + math.prod(shape) * stored.itemsize
+    room = path.stat().st_size * (_DEFLATE_RATIO if compressed else 1)
+    if expected > room or math.prod(shape) > MAX_VOXELS:
+        raise ValueError(
+            f"{path}: truncated or damaged: its header announces shape {image.shape} of {stored}, "
+            f"{expected} bytes, and the file has {path.stat().st_size}; copy it again"
+        )
+
+    try:
+        if compressed:
+            # To the end, so that gzip verifies its checksum; nibabel alone would stop before it.
+            with gzip.open(path) as file:
+                content = file.read(expected)
+                while file.read(2**20):
+                    pass
+            image = type(image).from_bytes(content)
+        with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf, which callers refuse
+            array = (
+                np.asanyarray(image.dataobj)
+                if dtype is None
+                else image.get_fdata("unchanged", dtype)
+            )
+    except Exception as error:
+        raise ValueError(
+            f"{path}: truncated or damaged ({_one_line(error)}); copy it again"
+        ) from error
+    return image, array.reshape(shape)
+
+
+def _shear(affine: np.ndarray) -> float:
+    """Largest deviation of two voxel axes from a right angle, radians; 0 for a singular affine."""
+    sizes = voxel_sizes(affine)
+    if not np.all(sizes > 0):
+        return 0.0
+    unit = affine[:3, :3] / sizes
+    return float(np.arcsin(np.clip(np.abs(unit.T @ unit - np.eye(3)).max(), 0, 1)))
+
+
+def _some(values: np.ndarray) -> str:
+    """Up to five distinct values, for a message."""
+    values = np.unique(values)
+    text = ", ".join(f"{value:g}" for value in values[:5])
+    return text + (", ..." if values.size > 5 else "")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
