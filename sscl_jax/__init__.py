@@ -1,0 +1,1 @@
+"""Self-ensembling contrastive learning for semi-supervised medical image segmentation."""
