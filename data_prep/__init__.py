@@ -1,0 +1,1 @@
+"""Turns each data set, in its official layout, into a prepared dataset."""

@@ -1,0 +1,174 @@
+"""ACDC (cine cardiac MRI; Bernard et al., IEEE TMI 2018) -> prepared dataset.
+
+    python -m data_prep.acdc --input ACDC --output data/acdc
+
+INPUT is the unpacked archive, with or without its level `database/`:
+
+    [database/]training/patient001/Info.cfg
+                                   patient001_frame01.nii.gz     patient001_frame01_gt.nii.gz
+                                   patient001_frame12.nii.gz     patient001_frame12_gt.nii.gz
+    [database/]testing/patient101/...
+
+The two frames of a patient are those that its Info.cfg calls ED and ES. A frame without its `_gt`
+file becomes an unlabelled case. The split is by patient; the packaged one is the conventional 70,
+10 and 20 of the 100 training patients (an INPUT that brings its own `splits.json` along is split by
+that). Patients of `testing/` take part only where the split file lists them.
+"""
+
+import argparse
+from pathlib import Path
+
+from data_prep import common
+from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset, write_prepared
+from sscl_jax.data.recipe import Recipe
+
+CLASSES = ("background", "right ventricle", "myocardium", "left ventricle")
+LABEL_VALUES = (0, 1, 2, 3)
+PACKAGED_SPLITS = Path(__file__).parent / "splits" / "acdc.json"
+
+
+def prepare(
+    input_dir: Path, output: Path, splits: Path | None = None, spacing: float = 1.5
+) -> PreparedDataset:
+    """Checks the files of an ACDC folder, writes the prepared dataset, prints what it did.
+
+    Args:
+      input_dir: the unpacked archive.
+      output: folder to make.
+      splits: split file; None = `splits.json` in `input_dir` if there, else the packaged one.
+      spacing: of rows and columns, mm; slices stay as they are.
+
+    Raises:
+      ValueError, FileNotFoundError: the files or the splits do not fit.
+    """
+    input_dir = Path(input_dir)
+    if splits is None:
+        own = input_dir / "splits.json"
+        splits = own if own.is_file() else PACKAGED_SPLITS
+    patients = common.read_splits(splits)
+    folders = find_patients(input_dir)
+    _tell_missing(patients, folders, splits)
+    sources, ignored, problems = [], [], []
+    for split in SPLITS:
+        for patient in patients[split]:
+            if patient in folders:
+                found, others, wrong = patient_cases(folders[patient], split)
+                sources += found
+                ignored += others
+                problems += wrong
+    if ignored:
+        print(f"ignored: {len(ignored)} other files, such as {ignored[0]}")
+    common.check_cases(sources, LABEL_VALUES, problems)
+    recipe = Recipe(
+        orientation="SPL",
+        spacing=(None, spacing, spacing),
+        intensity="mr",
+        label_values=LABEL_VALUES,
+        class_names=CLASSES,
+    )
+    dataset = write_prepared(output, sources, recipe, patients, "acdc")
+    print(common.summary(dataset))
+    return dataset
+
+
+def find_patients(input_dir: Path) -> dict[str, Path]:
+    """Folder of each patient id, for any of the layouts in which the archive is found."""
+    base = input_dir / "database" if (input_dir / "database").is_dir() else input_dir
+    folders = {
+        folder.name: folder
+        for part in ("training", "testing")
+        for folder in sorted((base / part).glob("patient*"))
+        if folder.is_dir()
+    }
+    if not folders:
+        raise FileNotFoundError(
+            f"{base} has no training/patient* folder: give --input the unpacked ACDC archive"
+        )
+    return folders
+
+
+def _tell_missing(patients: dict[str, list[str]], folders: dict[str, Path], splits: Path) -> None:
+    for split, ids in patients.items():
+        missing = [patient for patient in ids if patient not in folders]
+        if split == "train" and len(missing) == len(ids):
+            raise ValueError(
+                f"none of the {len(ids)} train patients of {splits} is in the input: "
+                "check --input, or give --splits a file that lists your patients"
+            )
+        if missing:
+            print(f"missing: {len(missing)} of {len(ids)} {split} patients ({_few(missing)})")
+    listed = {patient for ids in patients.values() for patient in ids}
+    unlisted = sorted(set(folders) - listed)
+    if unlisted:
+        print(f"ignored: {len(unlisted)} patients that are in no split ({_few(unlisted)})")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def patient_cases(folder: Path, split: str) -> tuple[list[CaseSource], list[str], list[str]]:
+    """Cases of one patient: the frames that Info.cfg names.
+
+    Returns:
+      Cases; names of the NIfTI files that belong to none of them; problems, one line each.
+    """
+    patient = folder.name
+    try:
+        frames = read_frames(folder / "Info.cfg")
+    except (ValueError, OSError) as error:
+        return [], [], [str(error)]
+    cases, problems = [], []
+    for frame in frames:
+        stem = f"{patient}_frame{frame:02d}"
+        image, label = _find(folder, stem), _find(folder, f"{stem}_gt")
+        if image is None:
+            problems.append(
+                f"{folder / stem}.nii.gz: does not exist, but Info.cfg names frame {frame}: "
+                "restore the file or correct Info.cfg"
+            )
+        else:
+            cases.append(CaseSource(stem, patient, split, image, label))
+    used = {path for case in cases for path in (case.image_path, case.label_path)}
+    others = [path.name for path in sorted(folder.glob("*.nii*")) if path not in used]
+    return cases, others, problems
+
+
+def read_frames(path: Path) -> tuple[int, ...]:
+    """Frame numbers of end-diastole and end-systole, from lines such as "ED: 1" and "ES: 9"."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: does not exist: restore it, it names the ED and ES frames"
+        )
+    fields = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+    frames = []
+    for key in ("ED", "ES"):
+        value = fields.get(key, "").strip()
+        if not value.isdecimal():
+            raise ValueError(f"{path}: {key} is {value!r}, not a frame number: correct the file")
+        frames.append(int(value))
+    return tuple(dict.fromkeys(frames))
+
+
+def _find(folder: Path, stem: str) -> Path | None:
+    return next((p for e in (".nii.gz", ".nii") if (p := folder / f"{stem}{e}").is_file()), None)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.acdc",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--input", type=Path, required=True, help="the unpacked archive")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--splits", type=Path, help="JSON file with train, val and test patients")
+    parser.add_argument(
+        "--spacing", type=float, default=1.5, help="of rows and columns, in mm (default 1.5)"
+    )
+    args = parser.parse_args(argv)
+    prepare(args.input, args.output, args.splits, args.spacing)
+
+
+if __name__ == "__main__":
+    common.run(main)

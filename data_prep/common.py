@@ -1,0 +1,267 @@
+"""What the preparers share: splits, the check of all files, the summary, errors on one line."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from tqdm import tqdm
+
+from sscl_jax.data import nifti
+from sscl_jax.data.prepared import (
+    SPLITS,
+    CaseSource,
+    PreparedDataset,
+    map_ahead,
+    with_header_spacing,
+)
+
+AFFINE_TOLERANCE = 1e-3  # relative to the voxel size: what float32 headers lose by rounding
+ANATOMY = ("left-right", "front-back", "foot-head")
+
+
+class Problems(ValueError):
+    """Everything found wrong with the files: one line each, with file, finding and remedy."""
+
+    def __init__(self, lines: Sequence[str]):
+        super().__init__("\n".join(lines))
+        self.lines = list(lines)
+
+
+@dataclass(frozen=True)
+class CaseFacts:
+    """What the check of one case learns.
+
+    Attributes:
+      problems: findings, one line each.
+      values: label values of its mask, empty when it has none.
+      spacing: mm along left-right, front-back, foot-head; None if the image cannot be read.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    values: frozenset[int] = frozenset()
+    spacing: tuple[float, float, float] | None = None
+
+
+def run(main: Callable[[list[str] | None], None]) -> None:
+    """Runs a preparer; what a user can put right is told on one line a finding, status 1."""
+    try:
+        main(None)
+    except Problems as problems:
+        for line in problems.lines:
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(1)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; nothing was left behind", file=sys.stderr)
+        sys.exit(130)
+
+
+def read_splits(path: Path) -> dict[str, list[str]]:
+    """Reads a split file: JSON with lists of patient ids under "train", "val" and "test".
+
+    Other keys are left alone. The order of "train" is the order in which labelled patients are
+    taken.
+
+    Raises:
+      FileNotFoundError, ValueError: no such file, no such lists, or a patient in two of them.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: give --splits a JSON file")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): correct it") from error
+    splits = {}
+    for split in SPLITS:
+        ids = content.get(split, []) if isinstance(content, dict) else None
+        if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
+            raise ValueError(
+                f'{path}: "{split}" is not a list of patient ids: '
+                'write {"train": ["p1", ...], "val": [...], "test": [...]}'
+            )
+        splits[split] = ids
+    if not splits["train"]:
+        raise ValueError(f'{path} has no patient under "train": list at least one')
+    seen: dict[str, str] = {}
+    for split, ids in splits.items():
+        for patient in ids:
+            if patient in seen:
+                raise ValueError(
+                    f"{path}: patient {patient} is listed under {seen[patient]} and {split}: "
+                    "list every patient once"
+                )
+            seen[patient] = split
+    return splits
+
+
+def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFacts:
+    """Reads the files of one case in full and compares them with each other.
+
+    Args:
+      source: the case.
+      label_values: values that a mask may hold; None = any.
+    """
+    problems = []
+    shape = affine = spacing = None
+    try:
+        array, affine, header = nifti.read_image(source.image_path)
+        shape = array.shape[:3]
+        if not _spans_space(affine):
+            problems.append(
+                f"{source.image_path}: its affine {np.round(affine[:3, :3], 3).tolist()} has no "
+                "volume: write the voxel sizes and directions into the header"
+            )
+        else:
+            spacing = _anatomical_spacing(with_header_spacing(affine, header))
+        if array.size and array.min() == array.max():
+            problems.append(
+                f"{source.image_path}: every voxel is {array.flat[0]:g}: replace or remove the file"
+            )
+        del array
+    except (ValueError, OSError) as error:
+        problems.append(_with_name(source.image_path, error))
+    values: frozenset[int] = frozenset()
+    if source.label_path is not None:
+        try:
+            label, label_affine = nifti.read_label(source.label_path)
+            values = frozenset(np.unique(label).tolist())
+            problems += _label_problems(source, label.shape, label_affine, shape, affine)
+            unknown = sorted(values - set(values if label_values is None else label_values))
+            if unknown:
+                problems.append(
+                    f"{source.label_path}: label values {_some(unknown)} are not among "
+                    f"{_some(list(label_values))}: correct the mask or the list of label values"
+                )
+        except (ValueError, OSError) as error:
+            problems.append(_with_name(source.label_path, error))
+    return CaseFacts(problems, values, spacing)
+
+
+def _label_problems(source, label_shape, label_affine, shape, affine) -> list[str]:
+    if shape is None:
+        return []
+    if label_shape != shape:
+        return [
+            f"{source.label_path}: shape {label_shape}, but its image {source.image_path} has "
+            f"{shape}: resample the mask to the image's grid"
+        ]
+    voxel = np.linalg.norm(affine[:3, :3], axis=0)
+    # Compared where it matters: at the corners of the volume, in voxels.
+    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij"), -1).reshape(-1, 3)
+    offset = corners @ (label_affine - affine)[:3, :3].T + (label_affine - affine)[:3, 3]
+    apart = np.linalg.norm(offset, axis=1).max()
+    if apart > max(AFFINE_TOLERANCE * max(shape), 0.05) * voxel.min():
+        return [
+            f"{source.label_path}: lies up to {apart:.3g} mm away from its image "
+            f"{source.image_path} by their affines: resample the mask to the image's grid, or "
+            "copy the image's affine if only the header is wrong"
+        ]
+    return []
+
+
+def _some(values: list) -> str:
+    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
+
+
+def _with_name(path: Path, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if str(path) in text else f"{path}: {text}"
+
+
+def _spans_space(affine: np.ndarray) -> bool:
+    matrix = affine[:3, :3]
+    sizes = np.linalg.norm(matrix, axis=0)
+    return bool(np.isfinite(affine).all() and (sizes > 0).all()) and (
+        abs(np.linalg.det(matrix / sizes)) > 1e-3
+    )
+
+
+def _anatomical_spacing(affine: np.ndarray) -> tuple[float, float, float]:
+    """Voxel size (mm) along left-right, front-back and foot-head."""
+    axes = nibabel.io_orientation(affine)[:, 0].astype(int)
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    spacing = [0.0] * 3
+    for voxel_axis, world_axis in enumerate(axes):
+        spacing[world_axis] = float(sizes[voxel_axis])
+    return tuple(spacing)
+
+
+def check_cases(
+    sources: Sequence[CaseSource],
+    label_values: Sequence[int] | None = None,
+    problems: Sequence[str] = (),
+) -> list[CaseFacts]:
+    """Checks all cases, and raises all that is wrong with them at once.
+
+    Args:
+      sources: the cases.
+      label_values: values that masks may hold; None = any.
+      problems: findings made before, to be told in the same list.
+
+    Raises:
+      Problems: anything was found.
+    """
+    checked = map_ahead(lambda source: check_case(source, label_values), sources)
+    facts = list(tqdm(checked, "checking", len(sources), unit=" cases", disable=None))
+    found = [*problems, *(line for fact in facts for line in fact.problems)]
+    if found:
+        raise Problems(found)
+    return facts
+
+
+def summary(dataset: PreparedDataset) -> str:
+    """Text table of a prepared dataset. Reads the labels, not the images."""
+    cases = dataset.cases
+    grids = [case.grid for case in cases]
+
+    def span(values: list[float], form: str) -> str:
+        low, high = format(min(values), form), format(max(values), form)
+        return low if low == high else f"{low}-{high}"
+
+    def spans(rows: list[tuple], form: str) -> str:
+        return " x ".join(span(list(column), form) for column in zip(*rows))
+
+    rows = [["", *SPLITS]]
+
+    def row(name: str, count: Callable[[str], int]) -> None:
+        rows.append([name, *(str(count(split)) for split in SPLITS)])
+
+    of = {split: [case for case in cases if case.split == split] for split in SPLITS}
+    row("patients", lambda s: len(dataset.patients[s]))
+    row("cases", lambda s: len(of[s]))
+    row("  labelled", lambda s: sum(case.has_label for case in of[s]))
+    row("  unlabelled", lambda s: sum(not case.has_label for case in of[s]))
+    row("slices", lambda s: sum(case.grid.shape[0] for case in of[s]))
+    present = {
+        case.index: set(np.unique(dataset.native_label(case.index)).tolist())
+        for case in cases
+        if case.has_label
+    }
+    for index, name in enumerate(dataset.recipe.class_names):
+        row(
+            f"cases with {name}",
+            lambda s, index=index: sum(index in present.get(case.index, ()) for case in of[s]),
+        )
+    widths = [max(len(line[i]) for line in rows) for i in range(len(rows[0]))]
+    table = [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
+        for line in rows
+    ]
+    return "\n".join(
+        [
+            f"{dataset.path}: {dataset.name}, fingerprint {dataset.fingerprint[:12]}",
+            f"files:    shape {spans([g.native_shape for g in grids], 'd')}, "
+            f"spacing {spans([g.native_spacing for g in grids], '.2f')} mm",
+            f"prepared: shape {spans([g.shape for g in grids], 'd')}, "
+            f"spacing {spans([g.spacing for g in grids], '.2f')} mm, "
+            f"orientation {dataset.recipe.orientation}, {dataset.channels} channel(s)",
+            *table,
+        ]
+    )

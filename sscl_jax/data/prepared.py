@@ -1,0 +1,614 @@
+"""The prepared dataset: TFDS ArrayRecord on disk, read through a flat memory-mapped cache.
+
+A prepared dataset is a folder that `tfds.builder_from_directory` opens. One record is one case:
+
+    image          float32 (D, H, W, C)   preprocessed
+    label          uint8   (D, H, W)      class indices on the same grid; (0, 0, 0) = no label
+    native_label   uint8   (X, Y, Z)      class indices on the file's own grid; (0, 0, 0) = no label
+    native_affine  float64 (4, 4)         voxel to world, mm
+    native_shape   int64   (3,)
+    spacing        float64 (3,)           of the preprocessed grid, mm
+    index, case_id, patient_id, source    place in the order, names, file name of the image
+
+and the metadata of the dataset hold the recipe, the patients of every split, and two digests:
+`fingerprint` of all that training sees of a dataset apart from its labels (recipe, names, order,
+image values), and `inputs` of the files it was made from.
+
+Records are compressed and are not for random access, so the first `open_prepared` decodes them
+once to flat files in `<prepared>/cache` that are memory-mapped from then on: a batch is index
+arithmetic, and a dataset larger than memory still trains. Labels are in files of their own, which
+stay closed until a label is asked for.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import nibabel
+import numpy as np
+from tqdm import tqdm
+
+from sscl_jax.data import nifti
+from sscl_jax.data import recipe as recipes
+from sscl_jax.data.recipe import Grid, Recipe
+
+SPLITS = ("train", "val", "test")
+FORMAT = 1  # raised when an older prepared folder can no longer be read
+CASES_PER_SHARD = 64
+CACHE_FILES = {"images.f32": 4, "labels.u8": 1, "native_labels.u8": 1}  # bytes per value
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+@dataclass(frozen=True)
+class CaseSource:
+    """The files of one case, before preprocessing. `label_path` is None for an unlabelled case."""
+
+    case_id: str
+    patient_id: str
+    split: str
+    image_path: Path
+    label_path: Path | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is known of a prepared case without reading its voxels."""
+
+    index: int
+    case_id: str
+    patient_id: str
+    split: str
+    grid: Grid
+    has_label: bool
+    source: str
+
+
+class PreparedDataset:
+    """A prepared dataset, opened for reading. Made by `open_prepared`.
+
+    Attributes:
+      path: the folder.
+      recipe: the preprocessing that its cases went through.
+      fingerprint: sha256 (hex) of recipe, names, order and image values; labels take no part.
+      name: of the source, for example "acdc".
+      patients: ordered patient ids of each split.
+      cases: in the order of splits (train, val, test), of `patients`, and of case ids.
+    """
+
+    def __init__(self, path: Path, metadata: dict, cache: Path, index: list[dict]):
+        self.path = path
+        self.recipe = Recipe.from_dict(metadata["recipe"])
+        self.fingerprint: str = metadata["fingerprint"]
+        self.name: str = metadata["source_name"]
+        self.patients: dict[str, list[str]] = metadata["patients"]
+        self.cases = [_case_of(i, entry) for i, entry in enumerate(index)]
+        self._cache = cache
+        self._index = index
+        self._images = np.memmap(cache / "images.f32", dtype=np.float32, mode="r")
+
+    @property
+    def num_classes(self) -> int:
+        """Classes, the background among them."""
+        return len(self.recipe.label_values)
+
+    @property
+    def channels(self) -> int:
+        """Channels C of every image."""
+        return self._index[0]["channels"]
+
+    # The label files are opened by the first label that is read: a training that uses every case
+    # as unlabelled never touches them.
+    @functools.cached_property
+    def _labels(self) -> np.memmap:
+        return np.memmap(self._cache / "labels.u8", dtype=np.uint8, mode="r")
+
+    @functools.cached_property
+    def _native_labels(self) -> np.memmap:
+        return np.memmap(self._cache / "native_labels.u8", dtype=np.uint8, mode="r")
+
+    def image(self, i: int) -> np.ndarray:
+        """Image of case `i`: read-only float32 view (D, H, W, C) of the cache."""
+        entry = self._index[i]
+        shape = (*entry["shape"], entry["channels"])
+        return _view(self._images, entry["image_offset"], shape)
+
+    def label(self, i: int) -> np.ndarray:
+        """Label of case `i` on the prepared grid: read-only uint8 view (D, H, W), classes 0..K-1.
+
+        Raises:
+          ValueError: the case has no label.
+        """
+        entry = self._labelled(i)
+        return _view(self._labels, entry["label_offset"], tuple(entry["shape"]))
+
+    def native_label(self, i: int) -> np.ndarray:
+        """Label of case `i` on the file's own grid: read-only uint8 view (X, Y, Z), classes 0..K-1.
+
+        Raises:
+          ValueError: the case has no label.
+        """
+        entry = self._labelled(i)
+        return _view(self._native_labels, entry["native_offset"], tuple(entry["native_shape"]))
+
+    def _labelled(self, i: int) -> dict:
+        if not self.cases[i].has_label:
+            raise ValueError(
+                f"case {self.cases[i].case_id} has no label: use it as an unlabelled case, or add "
+                "its mask and prepare again"
+            )
+        return self._index[i]
+
+
+def _view(flat: np.memmap, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    return flat[offset : offset + int(np.prod(shape))].reshape(shape)
+
+
+def _case_of(i: int, entry: dict) -> Case:
+    grid = Grid(
+        native_shape=tuple(entry["native_shape"]),
+        native_affine=np.array(entry["native_affine"], dtype=np.float64),
+        shape=tuple(entry["shape"]),
+        spacing=tuple(entry["spacing"]),
+    )
+    names = {key: entry[key] for key in ("case_id", "patient_id", "split", "has_label", "source")}
+    return Case(index=i, grid=grid, **names)
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+def write_prepared(
+    output: Path,
+    sources: Sequence[CaseSource],
+    recipe: Recipe,
+    patients: dict[str, list[str]],
+    source_name: str,
+) -> PreparedDataset:
+    """Reads and preprocesses the cases of `sources` and writes them to the folder `output`.
+
+    The folder appears under its name only when it is whole: it is written beside it and renamed.
+    Called again with the same files, recipe and patients, it leaves the folder as it is.
+
+    Args:
+      output: folder to make.
+      sources: the cases, in any order.
+      recipe: preprocessing.
+      patients: ordered patient ids of each split; the order of "train" is the order in which
+        labelled patients are taken. Patients without a case in `sources` are left out.
+      source_name: name of the dataset.
+
+    Returns:
+      The dataset, opened.
+
+    Raises:
+      ValueError: a patient is in two splits, a case is listed twice or under another split than its
+        patient, there is no case, `output` holds something else, or a file does not fit.
+    """
+    output = Path(output)
+    sources, patients = _ordered(sources, patients)
+    recipe_dict = json.loads(json.dumps(recipe.to_dict()))
+    inputs = _digest_inputs(sources, recipe_dict, patients, source_name)
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        if not output.is_file() and _read_metadata(output).get("inputs") == inputs:
+            print(f"{output}: already prepared from these files, nothing to do")
+            return open_prepared(output)
+        raise ValueError(
+            f"{output} exists and was not made from these files with these options: "
+            "delete it or choose another --output"
+        )
+    metadata = {
+        "format": FORMAT,
+        "version": _package_version(),
+        "source_name": source_name,
+        "recipe": recipe_dict,
+        "patients": patients,
+        "inputs": inputs,
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial_folder(output)
+    try:
+        _write_records(partial, sources, recipe, metadata)
+        os.rename(partial, output)  # the mark of a whole dataset
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return open_prepared(output)
+
+
+def _ordered(
+    sources: Sequence[CaseSource], patients: dict[str, list[str]]
+) -> tuple[list[CaseSource], dict[str, list[str]]]:
+    """Checks sources against patients; sorts them by split, patient and case id."""
+    split_of: dict[str, str] = {}
+    for split, ids in patients.items():
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r} is unknown: the splits are {', '.join(SPLITS)}")
+        for patient in ids:
+            if split_of.setdefault(patient, split) != split:
+                raise ValueError(
+                    f"patient {patient} is in two splits, {split_of[patient]} and {split}: "
+                    "leave it in one of them"
+                )
+    if not sources:
+        raise ValueError("there is no case to prepare: check the input folder and the splits")
+    seen: set[str] = set()
+    for source in sources:
+        if split_of.get(source.patient_id) != source.split:
+            raise ValueError(
+                f"case {source.case_id} is listed under split {source.split}, but its patient "
+                f"{source.patient_id} under {split_of.get(source.patient_id, 'none')}: make them agree"
+            )
+        if source.case_id in seen:
+            raise ValueError(f"case {source.case_id} is listed twice: give every case its own name")
+        seen.add(source.case_id)
+    present = {source.patient_id for source in sources}
+    kept = {
+        split: [p for p in dict.fromkeys(patients.get(split, [])) if p in present]
+        for split in SPLITS
+    }
+    place = {patient: n for n, patient in enumerate(p for split in SPLITS for p in kept[split])}
+    return sorted(sources, key=lambda s: (place[s.patient_id], s.case_id)), kept
+
+
+def _digest_inputs(
+    sources: list[CaseSource], recipe: dict, patients: dict[str, list[str]], source_name: str
+) -> str:
+    """sha256 of the files' contents and of everything else that decides the result."""
+
+    def digests(source: CaseSource) -> list[str | None]:
+        paths = (source.image_path, source.label_path)
+        return [None if path is None else _file_digest(path) for path in paths]
+
+    files = list(map_ahead(digests, sources))
+    names = [(s.case_id, s.patient_id, s.split, Path(s.image_path).name) for s in sources]
+    text = json.dumps([FORMAT, source_name, recipe, patients, names, files], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _prepare_case(source: CaseSource, recipe: Recipe) -> dict:
+    """Reads and preprocesses one case: the fields of its record, without `index`."""
+    array, affine, header = nifti.read_image(source.image_path)
+    affine = with_header_spacing(affine, header)
+    grid = recipes.make_grid(array.shape[:3], affine, recipe)
+    label = native_label = np.zeros((0, 0, 0), dtype=np.uint8)
+    if source.label_path is not None:
+        values, _ = nifti.read_label(source.label_path)
+        if values.shape != array.shape[:3]:
+            raise ValueError(
+                f"{source.label_path} has shape {values.shape}, its image {source.image_path} "
+                f"{array.shape[:3]}: they must be equal"
+            )
+        try:
+            native_label = recipes.map_labels(values, recipe.label_values).astype(np.uint8)
+            label = recipes.prepare_label(values, grid, recipe)
+        except ValueError as error:
+            raise ValueError(f"{source.label_path}: {error}") from error
+    try:
+        image = recipes.prepare_image(array, grid, recipe)
+    except ValueError as error:
+        raise ValueError(f"{source.image_path}: {error}") from error
+    return {
+        "case_id": source.case_id,
+        "patient_id": source.patient_id,
+        "source": Path(source.image_path).name,
+        "image": np.ascontiguousarray(image, dtype=np.float32),
+        "label": np.ascontiguousarray(label),
+        "native_label": np.ascontiguousarray(native_label),
+        "native_affine": np.asarray(affine, dtype=np.float64),
+        "native_shape": np.asarray(array.shape[:3], dtype=np.int64),
+        "spacing": np.asarray(grid.spacing, dtype=np.float64),
+    }
+
+
+def with_header_spacing(affine: np.ndarray, header: nibabel.Nifti1Header) -> np.ndarray:
+    """The affine with its directions kept and its voxel sizes taken from the header's pixdim.
+
+    They agree in most files. ACDC's have the unit matrix as sform and the true sizes in pixdim
+    alone; ITK, behind the published figures, reads them in this way too.
+
+    Args:
+      affine: (4, 4), as read.
+      header: of the same file.
+
+    Returns:
+      (4, 4) float64: `affine` itself where the two agree to 1 %, or pixdim holds no sizes.
+    """
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    pixdim = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
+    usable = np.isfinite(pixdim).all() and (pixdim > 0).all() and (sizes > 0).all()
+    if not usable or np.allclose(sizes, pixdim, rtol=0.01):
+        return affine
+    corrected = np.array(affine, dtype=np.float64)
+    corrected[:3, :3] *= pixdim / sizes
+    return corrected
+
+
+def _write_records(folder: Path, sources: list[CaseSource], recipe: Recipe, metadata: dict) -> None:
+    """Streams the cases into `folder`; a few of them are in memory at a time.
+
+    TFDS has two ways to write. `GeneratorBasedBuilder` sorts all records of a split by key, in
+    memory up to 1 GB and beyond that through files for which it needs TensorFlow. `SequentialWriter`
+    appends, needs neither, and keeps our order; so it is the one used.
+    """
+    import tensorflow_datasets as tfds  # here and below: reading from the cache does without it
+    from tensorflow_datasets.core.dataset_info import DatasetIdentity
+
+    features = tfds.features
+    info = tfds.core.DatasetInfo(
+        builder=DatasetIdentity(
+            name="cases",
+            version=tfds.core.Version(f"{FORMAT}.0.0"),
+            data_dir=str(folder),
+            module_name=__name__,
+        ),
+        description="Medical images, preprocessed for sscl_jax; one record is one case.",
+        features=features.FeaturesDict(
+            {
+                "index": features.Scalar(np.int64),
+                "case_id": features.Text(),
+                "patient_id": features.Text(),
+                "source": features.Text(),
+                # ArrayRecord compresses each record, so plain bytes do for the images. Labels need
+                # zlib: TFDS cannot read back an empty tensor that is stored as bytes.
+                "image": features.Tensor(shape=(None,) * 4, dtype=np.float32, encoding="bytes"),
+                "label": features.Tensor(shape=(None,) * 3, dtype=np.uint8, encoding="zlib"),
+                "native_label": features.Tensor(shape=(None,) * 3, dtype=np.uint8, encoding="zlib"),
+                # As bytes, because a record's plain numbers are float32.
+                "native_affine": features.Tensor(shape=(4, 4), dtype=np.float64, encoding="bytes"),
+                "native_shape": features.Tensor(shape=(3,), dtype=np.int64),
+                "spacing": features.Tensor(shape=(3,), dtype=np.float64, encoding="bytes"),
+            }
+        ),
+        metadata=tfds.core.MetadataDict(metadata),
+    )
+    writer = tfds.core.SequentialWriter(
+        info, max_examples_per_shard=CASES_PER_SHARD, file_format="array_record"
+    )
+    used = {source.split for source in sources}
+    writer.initialize_splits([split for split in SPLITS if split in used])
+    ids = [(s.case_id, s.patient_id, s.split) for s in sources]
+    seen = [metadata["recipe"], metadata["patients"], ids]
+    fingerprint = hashlib.sha256(json.dumps(seen, sort_keys=True).encode())
+    channels = None
+    prepared = map_ahead(functools.partial(_prepare_case, recipe=recipe), sources)
+    progress = tqdm(zip(sources, prepared), "preparing", len(sources), unit=" cases", disable=None)
+    for index, (source, record) in enumerate(progress):
+        shape = record["image"].shape
+        channels = channels or shape[3]
+        if shape[3] != channels:
+            raise ValueError(
+                f"{source.image_path} has {shape[3]} channels, the cases before it {channels}: "
+                "all images must have the same channels"
+            )
+        fingerprint.update(repr(shape).encode())
+        fingerprint.update(record["image"].astype("<f4", copy=False).data)
+        writer.add_examples({source.split: [{"index": index, **record}]})
+    info.metadata["fingerprint"] = fingerprint.hexdigest()
+    writer.close_all()
+
+
+def map_ahead(function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
+    """`map` in threads: results in order, with only a few more of them made than are taken.
+
+    Threads suffice, for decompression and resampling release the interpreter's lock.
+    """
+    workers = min(8, max(2, os.cpu_count() or 1))
+    with ThreadPoolExecutor(workers) as pool:
+        pending: deque = deque()
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _package_version() -> str:
+    try:
+        return importlib.metadata.version("sscl_jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _partial_folder(target: Path) -> Path:
+    """A new folder beside `target` to write it in. Removes those that killed processes left."""
+    prefix = f".{target.name}.partial-{socket.gethostname()}-"
+    for left in target.parent.glob(f"{prefix}*"):
+        if not _is_running(left.name.removeprefix(prefix).split("-")[0]):
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=target.parent))
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, ValueError):
+        return True
+    return True
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+
+def open_prepared(path: Path) -> PreparedDataset:
+    """Opens a prepared dataset; the first time, decodes its records to the cache.
+
+    The cache is `<path>/cache`, or a folder under the user's temporary folder where `path` cannot
+    be written. A cache that is not whole, or of another dataset, is made again.
+
+    Args:
+      path: folder made by `write_prepared`.
+
+    Raises:
+      FileNotFoundError: there is no prepared dataset at `path`.
+      ValueError: there is one that this version cannot read, or that is damaged.
+    """
+    path = Path(path)
+    metadata = _read_metadata(path)
+    if not metadata:
+        left = list(path.parent.glob(f".{path.name}.partial-*")) if path.parent.is_dir() else []
+        why = "its preparation was stopped half-way" if left else "nothing was prepared there"
+        raise FileNotFoundError(
+            f"{path} is not a prepared dataset ({why}): run `python -m data_prep.acdc`, `.folder` "
+            f"or `.phantom` with --output {path}"
+        )
+    if metadata.get("format") != FORMAT or "fingerprint" not in metadata:
+        raise ValueError(
+            f"{path} has format {metadata.get('format')}, this version reads {FORMAT}: "
+            "delete it and prepare again"
+        )
+    places = [path / "cache", _cache_elsewhere(metadata["inputs"])]
+    for cache in places:
+        index = _read_index(cache, metadata["inputs"])
+        if index is not None:
+            return PreparedDataset(path, metadata, cache, index)
+    reason = None
+    for cache in places:
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            partial = _partial_folder(cache)
+        except OSError as error:
+            reason = error  # read-only: try the next place
+            continue
+        _fill_cache(cache, partial, path, metadata["inputs"])
+        return PreparedDataset(path, metadata, cache, _read_index(cache, metadata["inputs"]))
+    raise ValueError(
+        f"{path}: no place for its cache ({reason}): make one of {places[0]}, {places[1]} writable"
+    )
+
+
+def _read_metadata(path: Path) -> dict:
+    """Metadata of the dataset in folder `path`, {} where there is none."""
+    try:
+        metadata = json.loads((path / "metadata.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _cache_elsewhere(inputs: str) -> Path:
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
+    return Path(tempfile.gettempdir()) / f"sscl_jax-{user}" / f"cache-{inputs[:32]}"
+
+
+def _read_index(cache: Path, inputs: str) -> list[dict] | None:
+    """Index of a cache; None if the cache is absent, of other inputs, or its files are cut short."""
+    try:
+        content = json.loads((cache / "index.json").read_text())
+        if content["inputs"] != inputs:
+            return None
+        for name, size in content["bytes"].items():
+            if (cache / name).stat().st_size != size:
+                print(f"{cache / name} is not {size} bytes long, the cache is made again")
+                return None
+        return content["cases"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _fill_cache(cache: Path, partial: Path, path: Path, inputs: str) -> None:
+    """Decodes the records of the dataset at `path` to flat files in `partial`, renamed to `cache`.
+
+    Processes that do so at the same time each write their own; the first one's is kept.
+    """
+    try:
+        files = {name: open(partial / name, "wb") for name in CACHE_FILES}
+        cases = []
+        try:
+            for split, record in _records(path):
+                cases.append(_append_case(files, split, record))
+        finally:
+            for file in files.values():
+                file.close()
+        sizes = {name: (partial / name).stat().st_size for name in CACHE_FILES}
+        content = {"inputs": inputs, "bytes": sizes, "cases": cases}
+        (partial / "index.json").write_text(json.dumps(content))
+        if cache.exists() and _read_index(cache, inputs) is None:
+            _discard(cache)
+        try:
+            os.rename(partial, cache)
+        except OSError:
+            if _read_index(cache, inputs) is None:
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _discard(folder: Path) -> None:
+    """Removes a folder in such a way that it is never seen half-removed."""
+    aside = _partial_folder(folder)
+    try:
+        os.rename(folder, aside / "old")
+    except FileNotFoundError:
+        pass  # another process was faster
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict]]:
+    """Split and decoded record of every case, in order."""
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(str(path))
+        lengths = {
+            s: builder.info.splits[s].num_examples for s in SPLITS if s in builder.info.splits
+        }
+        with tqdm(
+            desc="decoding", total=sum(lengths.values()), unit=" cases", disable=None
+        ) as progress:
+            for split, length in lengths.items():
+                source = builder.as_data_source(split)
+                for i in range(length):
+                    yield split, source[i]
+                    progress.update()
+    except (OSError, RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"{path}: its records cannot be read ({error}): delete it and prepare again"
+        ) from error
+
+
+def _append_case(files: dict, split: str, record: dict) -> dict:
+    """Appends one decoded record to the open cache files; returns its entry of the index."""
+    image = record["image"]
+    entry = {
+        "case_id": record["case_id"].decode(),
+        "patient_id": record["patient_id"].decode(),
+        "split": split,
+        "source": record["source"].decode(),
+        "has_label": record["label"].size > 0,
+        "shape": list(image.shape[:3]),
+        "channels": image.shape[3],
+        "spacing": record["spacing"].tolist(),
+        "native_shape": record["native_shape"].tolist(),
+        "native_affine": record["native_affine"].tolist(),
+        "image_offset": files["images.f32"].tell() // CACHE_FILES["images.f32"],
+        "label_offset": files["labels.u8"].tell(),
+        "native_offset": files["native_labels.u8"].tell(),
+    }
+    files["images.f32"].write(image.data)
+    files["labels.u8"].write(record["label"].tobytes())
+    files["native_labels.u8"].write(record["native_label"].tobytes())
+    return entry
