@@ -47,7 +47,7 @@ def prepare(
         splits = own if own.is_file() else PACKAGED_SPLITS
     patients = common.read_splits(splits)
     folders = find_patients(input_dir)
-    _tell_missing(patients, folders, splits)
+    common.tell_missing(patients, folders, splits)
     sources, ignored, problems = [], [], []
     for split in SPLITS:
         for patient in patients[split]:
@@ -85,26 +85,6 @@ def find_patients(input_dir: Path) -> dict[str, Path]:
             f"{base} has no training/patient* folder: give --input the unpacked ACDC archive"
         )
     return folders
-
-
-def _tell_missing(patients: dict[str, list[str]], folders: dict[str, Path], splits: Path) -> None:
-    for split, ids in patients.items():
-        missing = [patient for patient in ids if patient not in folders]
-        if split == "train" and len(missing) == len(ids):
-            raise ValueError(
-                f"none of the {len(ids)} train patients of {splits} is in the input: "
-                "check --input, or give --splits a file that lists your patients"
-            )
-        if missing:
-            print(f"missing: {len(missing)} of {len(ids)} {split} patients ({_few(missing)})")
-    listed = {patient for ids in patients.values() for patient in ids}
-    unlisted = sorted(set(folders) - listed)
-    if unlisted:
-        print(f"ignored: {len(unlisted)} patients that are in no split ({_few(unlisted)})")
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def patient_cases(folder: Path, split: str) -> tuple[list[CaseSource], list[str], list[str]]:
@@ -155,6 +135,7 @@ def _find(folder: Path, stem: str) -> Path | None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m data_prep.acdc",
         description=__doc__,

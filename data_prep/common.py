@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,6 +101,30 @@ def read_splits(path: Path) -> dict[str, list[str]]:
     return splits
 
 
+def tell_missing(patients: dict[str, list[str]], present: Collection[str], splits: Path) -> None:
+    """Prints which patients of a split file are absent, and which present ones it leaves out.
+
+    Raises:
+      ValueError: no train patient is present.
+    """
+
+    def few(names: list[str]) -> str:
+        return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+    for split, ids in patients.items():
+        missing = [patient for patient in ids if patient not in present]
+        if split == "train" and len(missing) == len(ids):
+            raise ValueError(
+                f"none of the {len(ids)} train patients of {splits} is in the input: "
+                "check --input, or give --splits a file that lists your patients"
+            )
+        if missing:
+            print(f"missing: {len(missing)} of {len(ids)} {split} patients ({few(missing)})")
+    unlisted = sorted(set(present).difference(*patients.values()))
+    if unlisted:
+        print(f"ignored: {len(unlisted)} patients that are in no split ({few(unlisted)})")
+
+
 def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFacts:
     """Reads the files of one case in full and compares them with each other.
 
@@ -133,19 +157,27 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
             label, label_affine = nifti.read_label(source.label_path)
             values = frozenset(np.unique(label).tolist())
             problems += _label_problems(source, label.shape, label_affine, shape, affine)
-            unknown = sorted(values - set(values if label_values is None else label_values))
+            allowed = sorted(values) if label_values is None else list(label_values)
+            unknown = sorted(values.difference(allowed))
             if unknown:
                 problems.append(
                     f"{source.label_path}: label values {_some(unknown)} are not among "
-                    f"{_some(list(label_values))}: correct the mask or the list of label values"
+                    f"{_some(allowed)}: correct the mask or the list of label values"
                 )
         except (ValueError, OSError) as error:
             problems.append(_with_name(source.label_path, error))
     return CaseFacts(problems, values, spacing)
 
 
-def _label_problems(source, label_shape, label_affine, shape, affine) -> list[str]:
-    if shape is None:
+def _label_problems(
+    source: CaseSource,
+    label_shape: tuple[int, ...],
+    label_affine: np.ndarray,
+    shape: tuple[int, ...] | None,
+    affine: np.ndarray | None,
+) -> list[str]:
+    """How the grid of a mask differs from that of its image, if that could be read."""
+    if shape is None or affine is None:
         return []
     if label_shape != shape:
         return [
@@ -187,10 +219,8 @@ def _anatomical_spacing(affine: np.ndarray) -> tuple[float, float, float]:
     """Voxel size (mm) along left-right, front-back and foot-head."""
     axes = nibabel.io_orientation(affine)[:, 0].astype(int)
     sizes = np.linalg.norm(affine[:3, :3], axis=0)
-    spacing = [0.0] * 3
-    for voxel_axis, world_axis in enumerate(axes):
-        spacing[world_axis] = float(sizes[voxel_axis])
-    return tuple(spacing)
+    left_right, front_back, foot_head = (float(sizes[list(axes).index(i)]) for i in range(3))
+    return left_right, front_back, foot_head
 
 
 def check_cases(
@@ -226,7 +256,7 @@ def summary(dataset: PreparedDataset) -> str:
         return low if low == high else f"{low}-{high}"
 
     def spans(rows: list[tuple], form: str) -> str:
-        return " x ".join(span(list(column), form) for column in zip(*rows))
+        return " x ".join(span(list(column), form) for column in zip(*rows, strict=True))
 
     rows = [["", *SPLITS]]
 
@@ -245,15 +275,11 @@ def summary(dataset: PreparedDataset) -> str:
         if case.has_label
     }
     for index, name in enumerate(dataset.recipe.class_names):
-        row(
-            f"cases with {name}",
-            lambda s, index=index: sum(index in present.get(case.index, ()) for case in of[s]),
-        )
-    widths = [max(len(line[i]) for line in rows) for i in range(len(rows[0]))]
-    table = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
-        for line in rows
-    ]
+        holds = {i for i, classes in present.items() if index in classes}
+        counts = [sum(case.index in holds for case in of[split]) for split in SPLITS]
+        rows.append([f"cases with {name}", *map(str, counts)])
+    width = max(len(line[0]) for line in rows)
+    table = [line[0].ljust(width) + "".join(f"{cell:>7}" for cell in line[1:]) for line in rows]
     return "\n".join(
         [
             f"{dataset.path}: {dataset.name}, fingerprint {dataset.fingerprint[:12]}",

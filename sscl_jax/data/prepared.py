@@ -28,6 +28,7 @@ import os
 import shutil
 import socket
 import tempfile
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -247,8 +248,8 @@ def _ordered(
     for source in sources:
         if split_of.get(source.patient_id) != source.split:
             raise ValueError(
-                f"case {source.case_id} is listed under split {source.split}, but its patient "
-                f"{source.patient_id} under {split_of.get(source.patient_id, 'none')}: make them agree"
+                f"case {source.case_id} is in split {source.split}, but its patient "
+                f"{source.patient_id} in {split_of.get(source.patient_id, 'none')}: make them agree"
             )
         if source.case_id in seen:
             raise ValueError(f"case {source.case_id} is listed twice: give every case its own name")
@@ -344,8 +345,8 @@ def _write_records(folder: Path, sources: list[CaseSource], recipe: Recipe, meta
     """Streams the cases into `folder`; a few of them are in memory at a time.
 
     TFDS has two ways to write. `GeneratorBasedBuilder` sorts all records of a split by key, in
-    memory up to 1 GB and beyond that through files for which it needs TensorFlow. `SequentialWriter`
-    appends, needs neither, and keeps our order; so it is the one used.
+    memory up to 1 GB and beyond that through files for which it needs TensorFlow.
+    `SequentialWriter` appends: it needs neither, and keeps our order. So it is the one used.
     """
     import tensorflow_datasets as tfds  # here and below: reading from the cache does without it
     from tensorflow_datasets.core.dataset_info import DatasetIdentity
@@ -388,8 +389,9 @@ def _write_records(folder: Path, sources: list[CaseSource], recipe: Recipe, meta
     fingerprint = hashlib.sha256(json.dumps(seen, sort_keys=True).encode())
     channels = None
     prepared = map_ahead(functools.partial(_prepare_case, recipe=recipe), sources)
-    progress = tqdm(zip(sources, prepared), "preparing", len(sources), unit=" cases", disable=None)
-    for index, (source, record) in enumerate(progress):
+    progress = tqdm(prepared, "preparing", len(sources), unit=" cases", disable=None)
+    for index, record in enumerate(progress):
+        source = sources[index]
         shape = record["image"].shape
         channels = channels or shape[3]
         if shape[3] != channels:
@@ -437,7 +439,10 @@ def _partial_folder(target: Path) -> Path:
     for left in target.parent.glob(f"{prefix}*"):
         if not _is_running(left.name.removeprefix(prefix).split("-")[0]):
             shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=target.parent))
+    # Not mkdtemp, whose folders nobody else may read.
+    folder = target.parent / f"{prefix}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    folder.mkdir()
+    return folder
 
 
 def _is_running(pid: str) -> bool:
@@ -485,7 +490,7 @@ def open_prepared(path: Path) -> PreparedDataset:
         index = _read_index(cache, metadata["inputs"])
         if index is not None:
             return PreparedDataset(path, metadata, cache, index)
-    reason = None
+    reason: OSError | None = None
     for cache in places:
         try:
             cache.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -494,7 +499,10 @@ def open_prepared(path: Path) -> PreparedDataset:
             reason = error  # read-only: try the next place
             continue
         _fill_cache(cache, partial, path, metadata["inputs"])
-        return PreparedDataset(path, metadata, cache, _read_index(cache, metadata["inputs"]))
+        index = _read_index(cache, metadata["inputs"])
+        if index is not None:
+            return PreparedDataset(path, metadata, cache, index)
+        reason = OSError("it was changed while it was made")
     raise ValueError(
         f"{path}: no place for its cache ({reason}): make one of {places[0]}, {places[1]} writable"
     )
@@ -515,7 +523,7 @@ def _cache_elsewhere(inputs: str) -> Path:
 
 
 def _read_index(cache: Path, inputs: str) -> list[dict] | None:
-    """Index of a cache; None if the cache is absent, of other inputs, or its files are cut short."""
+    """Index of a cache; None if it is absent, of other inputs, or one of its files is cut short."""
     try:
         content = json.loads((cache / "index.json").read_text())
         if content["inputs"] != inputs:

@@ -1,0 +1,431 @@
+"""A folder of NIfTI files, or a list of them -> prepared dataset.
+
+    python -m data_prep.folder --input DIR --output data/mine --patient_pattern '^(p[0-9]+)_'
+    python -m data_prep.folder --csv FILE --output data/mine
+
+DIR holds `images/` and `labels/` (or `imagesTr/` and `labelsTr/`). A mask has the name of its
+image, without the `_0000` that nnU-Net puts at an image's end. An image without a mask is an
+unlabelled case. FILE has the columns image and, as far as you like, label, patient and split; its
+paths are relative to its own folder, and an empty label makes an unlabelled case.
+
+The split is by patient. Say with --patient_pattern how a file name tells the patient, or every
+image counts as a patient of its own. Without --splits or a split column, patients with masks are
+drawn for val and test by a seeded hash of their id, so that a patient stays where it is when others
+come or go; patients without masks are for training.
+
+Slices are cut across the direction in which voxels are longest, if they are 1.5 times longer there
+than in both others: axial (orientation SPL, also for voxels that are nearly cubes), coronal (AIL)
+or sagittal (LIP). They keep their distance; rows and columns are resampled to the median of their
+spacing, and where voxels are nearly cubes, so are the slices.
+"""
+
+import argparse
+import csv
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep import common
+from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset, write_prepared
+from sscl_jax.data.recipe import Recipe
+
+ANISOTROPY = 1.5
+# Slice axis, then rows and columns as a reader sees them: head or face up, right side on the left.
+ORIENTATIONS = {"foot-head": "SPL", "front-back": "AIL", "left-right": "LIP"}
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One image as listed; `patient` and `split` are empty where the list says nothing."""
+
+    case_id: str
+    image: Path
+    label: Path | None
+    patient: str = ""
+    split: str = ""
+
+
+def prepare(
+    output: Path,
+    input_dir: Path | None = None,
+    csv_file: Path | None = None,
+    *,
+    patient_pattern: str | None = None,
+    splits: Path | None = None,
+    val_fraction: float = 0.2,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    label_values: Sequence[int] | None = None,
+    class_names: Sequence[str] | None = None,
+    modality: str = "mr",
+    window: tuple[float, float] = (-160.0, 240.0),
+    spacing: Sequence[float] | None = None,
+    orientation: str | None = None,
+    name: str | None = None,
+) -> PreparedDataset:
+    """Checks all files, writes the prepared dataset, prints what it did.
+
+    Args:
+      output: folder to make.
+      input_dir: folder with images/ and labels/; this or `csv_file`.
+      csv_file: list of files.
+      patient_pattern: regular expression, for file names; its first group is the patient.
+      splits: split file; None = the split column, else the draw by fractions.
+      val_fraction: chance of a patient with masks to be drawn for val, 0..1.
+      test_fraction: the same for test.
+      seed: of the draw and of the order of train patients.
+      label_values: values in the masks, background first; None = 0 and all values found.
+      class_names: one for each label value.
+      modality: "mr" or "ct".
+      window: HU, for "ct".
+      spacing: mm, of rows and columns, or of slices, rows and columns; None = the median.
+      orientation: axis codes of slices, rows and columns; None = by the voxels' shape.
+      name: of the dataset; None = that of the input.
+
+    Raises:
+      ValueError, FileNotFoundError: the files or the options do not fit.
+    """
+    listing = input_dir or csv_file
+    if listing is None or (input_dir and csv_file):
+        raise ValueError("give either --input DIR or --csv FILE")
+    if spacing is not None and len(spacing) not in (1, 3):
+        raise ValueError(f"--spacing takes one number or three, not {len(spacing)}")
+    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+        raise ValueError(
+            f"--val_fraction {val_fraction} and --test_fraction {test_fraction} must not be "
+            "negative and leave a part for training"
+        )
+    scans, problems = (list_folder if input_dir else list_csv)(Path(listing))
+    scans, more = name_patients(scans, patient_pattern)
+    problems += more
+    if splits is not None:
+        if any(scan.split for scan in scans):
+            raise ValueError(f"{listing} has a split column: give that or --splits, not both")
+        patients = common.read_splits(splits)
+        common.tell_missing(patients, {scan.patient for scan in scans}, splits)
+    elif any(scan.split for scan in scans):
+        patients, more = listed_splits(scans)
+        problems += more
+    else:
+        patients = draw_splits(scans, val_fraction, test_fraction, seed)
+    split_of = {patient: split for split in SPLITS for patient in patients[split]}
+    sources = [
+        CaseSource(scan.case_id, scan.patient, split_of[scan.patient], scan.image, scan.label)
+        for scan in scans
+        if scan.patient in split_of
+    ]
+    facts = common.check_cases(sources, label_values, problems)
+    if label_values is None:
+        label_values = sorted({0}.union(*(fact.values for fact in facts)))
+        if len(label_values) < 2:
+            raise ValueError(
+                "no mask holds a value other than 0: add masks, or give --label_values"
+            )
+    found, grid_spacing = choose_grid([fact.spacing for fact in facts if fact.spacing])
+    if spacing is not None:
+        across = None if len(spacing) == 1 else spacing[0]
+        grid_spacing = (across, spacing[-2 if across else -1], spacing[-1])
+    elif orientation is not None and orientation[0] not in _either_way(found[0]):
+        raise ValueError("with an --orientation of your own, give --spacing as well")
+    recipe = Recipe(
+        orientation=orientation or found,
+        spacing=grid_spacing,
+        intensity=modality,
+        window=window,
+        label_values=tuple(label_values),
+        class_names=tuple(
+            class_names or ["background", *(f"label {value}" for value in list(label_values)[1:])]
+        ),
+    )
+    name = name or Path(listing).resolve().stem
+    dataset = write_prepared(output, sources, recipe, patients, name)
+    print(common.summary(dataset))
+    return dataset
+
+
+# --- Lists of files -------------------------------------------------------------------------------
+
+
+def list_folder(folder: Path) -> tuple[list[Scan], list[str]]:
+    """Images of `folder` with their masks, by name; problems, one line each."""
+    for tail in ("", "Tr"):
+        images, labels = folder / f"images{tail}", folder / f"labels{tail}"
+        if images.is_dir():
+            break
+    else:
+        raise FileNotFoundError(
+            f"{folder} has no folder images/: put images there and masks into labels/, or use --csv"
+        )
+    masks = {_stem(path): path for path in _nifti_files(labels)}
+    stems = {_stem(path) for path in _nifti_files(images)}
+    scans: list[Scan] = []
+    problems = []
+    seen: dict[str, Path] = {}
+    for path in _nifti_files(images):
+        stem = _stem(path)
+        channel = re.fullmatch(r"(.*)_(\d{4})", stem)
+        if channel and channel[2] != "0000" and f"{channel[1]}_0000" in stems:
+            problems.append(
+                f"{path}: is a further channel of {channel[1]}, and images have one: remove it"
+            )
+            continue
+        mask = masks.pop(stem, None)
+        if stem.endswith("_0000"):
+            stem = stem.removesuffix("_0000")
+            mask = mask or masks.pop(stem, None)
+        if stem in seen:
+            problems.append(f"{path}: is the same case as {seen[stem]}: remove one of them")
+            continue
+        seen[stem] = path
+        scans.append(Scan(stem, path, mask))
+    problems += [
+        f"{path}: has no image of that name in {images}: add the image or remove the mask"
+        for path in masks.values()
+    ]
+    return scans, problems
+
+
+def _nifti_files(folder: Path) -> list[Path]:
+    """NIfTI files of a folder, sorted; hidden ones, such as macOS leaves, are passed over."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [p for p in paths if p.name.endswith((".nii", ".nii.gz")) and p.name[0] != "."]
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def list_csv(file: Path) -> tuple[list[Scan], list[str]]:
+    """Images listed in a CSV file; problems, one line each.
+
+    A case is named by its path as listed, for many collections have the same file name in the
+    folder of every patient.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: give --csv a file with a column image")
+    with open(file, newline="", encoding="utf-8-sig") as lines:
+        reader = csv.DictReader(lines)
+        columns = reader.fieldnames or []
+        rows = list(reader)
+    unknown = sorted(set(columns) - {"image", "label", "patient", "split"})
+    if "image" not in columns or unknown:
+        raise ValueError(
+            f"{file} has the columns {', '.join(columns)}: name them image and, optionally, label, "
+            "patient, split"
+        )
+    scans, problems = [], []
+    with_split = any((row.get("split") or "").strip() for row in rows)
+    seen: dict[str, int] = {}
+    for number, row in enumerate(rows, start=2):
+        cells = {
+            key: (row.get(key) or "").strip() for key in ("image", "label", "patient", "split")
+        }
+        where = f"{file}, line {number}"
+        if not cells["image"]:
+            problems.append(f"{where}: has no image: fill in its path or remove the line")
+            continue
+        if with_split and cells["split"] not in SPLITS:
+            problems.append(
+                f"{where}: split is {cells['split']!r}: write train, val or test on every line"
+            )
+        listed = Path(cells["image"])
+        parts = [part for part in listed.with_name(_stem(listed)).parts if part not in ("/", "..")]
+        case_id = "_".join(parts)
+        if case_id in seen:
+            problems.append(f"{where}: is the same image as line {seen[case_id]}: remove one line")
+            continue
+        seen[case_id] = number
+        label = file.parent / cells["label"] if cells["label"] else None
+        scans.append(Scan(case_id, file.parent / listed, label, cells["patient"], cells["split"]))
+    return scans, problems
+
+
+# --- Patients and splits --------------------------------------------------------------------------
+
+
+def name_patients(scans: list[Scan], pattern: str | None) -> tuple[list[Scan], list[str]]:
+    """Fills in the patient where the list names none; problems, one line each."""
+    if pattern is not None:
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"--patient_pattern {pattern!r} is not valid: {error}") from error
+        if groups < 1:
+            raise ValueError(
+                f"--patient_pattern {pattern!r} has no group: put the patient into brackets, as in "
+                "'^(p[0-9]+)_'"
+            )
+    named, problems = [], []
+    for scan in scans:
+        patient = scan.patient
+        if not patient and pattern is not None:
+            stem = _stem(scan.image).removesuffix("_0000")
+            match = re.search(pattern, stem)
+            patient = (match and match[1]) or ""
+            if not patient:
+                problems.append(
+                    f"{scan.image}: --patient_pattern {pattern!r} finds no patient in "
+                    f"{stem!r}: correct the pattern or the name"
+                )
+                continue
+        patient = patient or scan.case_id
+        named.append(Scan(scan.case_id, scan.image, scan.label, patient, scan.split))
+    return named, problems
+
+
+def listed_splits(scans: list[Scan]) -> tuple[dict[str, list[str]], list[str]]:
+    """Patients by the split column, in the order of the list; problems, one line each."""
+    split_of: dict[str, str] = {}
+    problems = []
+    for scan in scans:
+        if scan.split in SPLITS and split_of.setdefault(scan.patient, scan.split) != scan.split:
+            problems.append(
+                f"patient {scan.patient}: is in two splits, {split_of[scan.patient]} and "
+                f"{scan.split} ({scan.image}): give all images of a patient the same split"
+            )
+    patients = {split: [p for p, s in split_of.items() if s == split] for split in SPLITS}
+    return patients, problems
+
+
+def draw_splits(
+    scans: list[Scan], val_fraction: float, test_fraction: float, seed: int
+) -> dict[str, list[str]]:
+    """Draws patients with masks for val and test by a hash of (seed, patient id).
+
+    A patient's place depends on its own id alone, so the sizes are only near the fractions.
+
+    Raises:
+      ValueError: a part that was asked for came out empty.
+    """
+    labelled = {scan.patient for scan in scans if scan.label is not None}
+    patients: dict[str, list[str]] = {split: [] for split in SPLITS}
+    # By another hash, so that the first patients of train are a random draw as well.
+    for patient in sorted(
+        {scan.patient for scan in scans}, key=lambda p: _chance(seed, "order", p)
+    ):
+        chance = _chance(seed, "split", patient)
+        if patient in labelled and chance < test_fraction:
+            patients["test"].append(patient)
+        elif patient in labelled and chance < test_fraction + val_fraction:
+            patients["val"].append(patient)
+        else:
+            patients["train"].append(patient)
+    wanted = {"train": 1.0, "val": val_fraction, "test": test_fraction}
+    for split in SPLITS:
+        if wanted[split] > 0 and not patients[split]:
+            raise ValueError(
+                f"the draw put none of {len(labelled)} patients with masks into {split}: choose "
+                f"another --seed, another --{split if split != 'train' else 'val'}_fraction (0 for "
+                "none), or name the patients in a file for --splits"
+            )
+    return patients
+
+
+def _chance(*parts: object) -> float:
+    """A number in [0, 1) that is a function of `parts` alone, on every machine."""
+    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+# --- Orientation and spacing ----------------------------------------------------------------------
+
+
+def choose_grid(
+    spacings: Sequence[tuple[float, float, float]],
+) -> tuple[str, tuple[float | None, float, float]]:
+    """Orientation and spacing that suit the cases; prints a warning where one is of another kind.
+
+    Args:
+      spacings: voxel size of each case along left-right, front-back and foot-head, mm.
+
+    Returns:
+      Axis codes; spacing of slices, rows and columns, where None keeps each case's own.
+    """
+    medians = np.median(np.asarray(spacings), axis=0)
+    through = _through_plane(medians)
+    slices = 2 if through is None else through
+    odd = [n for n, own in enumerate(spacings) if _through_plane(own) not in (None, slices)]
+    if odd:
+        print(
+            f"warning: slices are cut across {common.ANATOMY[slices]}, but {len(odd)} of "
+            f"{len(spacings)} cases have their longest voxels along another direction"
+        )
+    in_plane = [own for axis, own in enumerate(medians) if axis != slices]
+    rows = round(float(np.median(in_plane)), 4)
+    across = None if through is not None else round(float(medians[slices]), 4)
+    return ORIENTATIONS[common.ANATOMY[slices]], (across, rows, rows)
+
+
+def _through_plane(spacing: Sequence[float]) -> int | None:
+    """Index of the axis with clearly longer voxels than both others, None if there is none."""
+    order = np.argsort(spacing)
+    return int(order[2]) if spacing[order[2]] > ANISOTROPY * spacing[order[1]] else None
+
+
+def _either_way(code: str) -> str:
+    return next(pair for pair in ("LR", "PA", "SI") if code in pair)
+
+
+# --- Command line ---------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.folder",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--input", type=Path, dest="input_dir", metavar="DIR", help="folder with images/, labels/")
+    add("--csv", type=Path, dest="csv_file", metavar="FILE", help="list with a column image")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to make")
+    add("--patient_pattern", metavar="REGEX", help="its first group is the patient in a file name")
+    add("--splits", type=Path, metavar="FILE", help="JSON file with train, val and test patients")
+    add("--val_fraction", type=float, default=0.2, help="of the patients with masks (default 0.2)")
+    add("--test_fraction", type=float, default=0.2, help="of the patients with masks (default 0.2)")
+    add("--seed", type=int, default=0, help="of the draw of patients (default 0)")
+    add(
+        "--label_values",
+        type=_numbers,
+        metavar="0,1,2",
+        help="values in the masks, background first (default 0 and all that are found)",
+    )
+    add("--class_names", type=_names, metavar="A,B,C", help="one for each label value")
+    add("--modality", choices=("mr", "ct"), default="mr", help="how intensities are scaled")
+    add(
+        "--window",
+        type=float,
+        nargs=2,
+        default=(-160.0, 240.0),
+        metavar=("LOW", "HIGH"),
+        help="range of HU to keep, for ct (default -160 240)",
+    )
+    add(
+        "--spacing",
+        type=float,
+        nargs="+",
+        metavar="MM",
+        help="of rows and columns, or of slices, rows and columns (default: the median)",
+    )
+    add("--orientation", metavar="SPL", help="axis codes of slices, rows, columns")
+    add("--name", help="of the dataset (default: that of the input)")
+    args = vars(parser.parse_args(argv))
+    args["window"] = tuple(args["window"])
+    prepare(args.pop("output"), **args)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,335 @@
+import itertools
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from sscl_jax.data import prepared
+from sscl_jax.data import recipe as recipes
+from sscl_jax.data.prepared import CaseSource, open_prepared, write_prepared
+from sscl_jax.data.recipe import Recipe
+
+RECIPE = Recipe(label_values=(0, 10, 20), class_names=("background", "a", "b"))
+PATIENTS = {"train": ["p3", "p1"], "val": ["p2"], "test": []}
+AFFINE = np.diag([1.0, 1.25, 5.0, 1.0])
+
+
+def write_nifti(path, array, affine=AFFINE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(array, affine), path)
+
+
+def make_files(folder, labelled=("p1", "p2", "p3")):
+    """Two frames of each of three patients; shapes differ from case to case."""
+    sources = []
+    for number, patient in enumerate(("p1", "p2", "p3")):
+        for frame in (0, 1):
+            random = np.random.default_rng([number, frame])
+            shape = (12 + number, 10, 3 + frame)
+            case = f"{patient}_f{frame}"
+            write_nifti(folder / f"{case}.nii.gz", random.normal(100, 20, shape).astype("f4"))
+            label = None
+            if patient in labelled:
+                label = folder / f"{case}_gt.nii.gz"
+                write_nifti(label, random.choice([0, 10, 20], shape).astype("u1"))
+            split = "val" if patient == "p2" else "train"
+            sources.append(CaseSource(case, patient, split, folder / f"{case}.nii.gz", label))
+    return sources
+
+
+@pytest.fixture
+def sources(tmp_path):
+    return make_files(tmp_path / "files")
+
+
+@pytest.fixture
+def dataset(tmp_path, sources):
+    return write_prepared(tmp_path / "out", sources, RECIPE, PATIENTS, "toy")
+
+
+def test_round_trip_equals_direct_preprocessing(dataset, sources):
+    by_id = {source.case_id: source for source in sources}
+    assert dataset.recipe == RECIPE
+    assert (dataset.name, dataset.channels, dataset.num_classes) == ("toy", 1, 3)
+    for case in dataset.cases:
+        source = by_id[case.case_id]
+        image = nibabel.load(source.image_path).get_fdata(dtype=np.float32)
+        label = np.asarray(nibabel.load(source.label_path).dataobj)
+        grid = recipes.make_grid(image.shape, AFFINE, RECIPE)
+        assert case.grid.shape == grid.shape
+        np.testing.assert_array_equal(case.grid.native_affine, AFFINE)
+        assert case.grid.spacing == grid.spacing
+        expected = recipes.prepare_image(image[..., None], grid, RECIPE)
+        np.testing.assert_array_equal(dataset.image(case.index), expected)
+        expected = recipes.prepare_label(label, grid, RECIPE)
+        np.testing.assert_array_equal(dataset.label(case.index), expected)
+        np.testing.assert_array_equal(dataset.native_label(case.index), label // 10)
+        assert case.source == source.image_path.name
+
+
+def test_order_is_split_patient_case(dataset):
+    expected = ["p3_f0", "p3_f1", "p1_f0", "p1_f1", "p2_f0", "p2_f1"]
+    assert [case.case_id for case in dataset.cases] == expected
+    assert [case.index for case in dataset.cases] == list(range(6))
+    assert [case.split for case in dataset.cases] == ["train"] * 4 + ["val"] * 2
+
+
+def test_views_are_read_only_and_share_the_file(dataset):
+    image = dataset.image(0)
+    assert isinstance(image, np.memmap) and not image.flags.owndata
+    with pytest.raises(ValueError, match="read-only"):
+        image[0] = 0
+
+
+def test_folder_is_a_tfds_dataset(dataset):
+    builder = tfds.builder_from_directory(str(dataset.path))
+    assert builder.info.metadata["fingerprint"] == dataset.fingerprint
+    record = builder.as_data_source("val")[1]
+    assert record["case_id"] == b"p2_f1"
+    np.testing.assert_array_equal(record["image"], dataset.image(5))
+    np.testing.assert_array_equal(record["native_affine"], AFFINE)
+
+
+def test_case_without_label(tmp_path):
+    sources = make_files(tmp_path / "files", labelled=("p2", "p3"))
+    dataset = write_prepared(tmp_path / "out", sources, RECIPE, PATIENTS, "toy")
+    assert [case.has_label for case in dataset.cases] == [True, True, False, False, True, True]
+    with pytest.raises(ValueError, match="p1_f0 has no label"):
+        dataset.label(2)
+    with pytest.raises(ValueError, match="p1_f0 has no label"):
+        dataset.native_label(2)
+
+
+def test_masks_of_unlabelled_patients_take_no_part(tmp_path, dataset):
+    files = make_files(tmp_path / "fewer", labelled=("p2", "p3"))
+    fewer = write_prepared(tmp_path / "fewer_out", files, RECIPE, PATIENTS, "toy")
+    assert fewer.fingerprint == dataset.fingerprint
+    assert fewer.patients == dataset.patients
+    for one, other in zip(dataset.cases, fewer.cases, strict=True):
+        assert one.case_id == other.case_id
+        assert dataset.image(one.index).tobytes() == fewer.image(one.index).tobytes()
+    np.testing.assert_array_equal(dataset.label(5), fewer.label(5))
+
+
+def test_no_label_file_is_opened_for_images(dataset):
+    dataset.image(0)
+    opened = {os.path.basename(path) for path in map(os.readlink, _descriptors())}
+    assert "labels.u8" not in opened
+    maps = Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else ""
+    assert str(dataset.path / "cache" / "labels.u8") not in maps
+    dataset.label(0)
+    maps = Path("/proc/self/maps").read_text() if maps else ""
+    assert not maps or str(dataset.path / "cache" / "labels.u8") in maps
+
+
+def _descriptors():
+    folder = Path("/proc/self/fd")
+    return [p for p in folder.iterdir() if p.is_symlink()] if folder.exists() else []
+
+
+def test_same_files_give_the_same_dataset(tmp_path, dataset, sources):
+    again = write_prepared(tmp_path / "again", sources[::-1], RECIPE, PATIENTS, "toy")
+    assert again.fingerprint == dataset.fingerprint
+    for name in prepared.CACHE_FILES:
+        first, second = (d.path / "cache" / name for d in (dataset, again))
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_fingerprint_depends_on_images_recipe_and_order(tmp_path, dataset, sources):
+    swapped = {**PATIENTS, "train": ["p1", "p3"]}
+    other = write_prepared(tmp_path / "b", sources, RECIPE, swapped, "toy")
+    coarse = Recipe(
+        label_values=(0, 10, 20), class_names=("background", "a", "b"), spacing=(None, 2.0, 2.0)
+    )
+    third = write_prepared(tmp_path / "c", sources, coarse, PATIENTS, "toy")
+    assert len({dataset.fingerprint, other.fingerprint, third.fingerprint}) == 3
+
+
+def test_second_call_does_nothing(dataset, sources, capsys):
+    before = {path: path.stat().st_mtime_ns for path in dataset.path.rglob("*")}
+    again = write_prepared(dataset.path, sources, RECIPE, PATIENTS, "toy")
+    assert again.fingerprint == dataset.fingerprint
+    assert {path: path.stat().st_mtime_ns for path in dataset.path.rglob("*")} == before
+    assert "already prepared" in capsys.readouterr().out
+
+
+def test_other_input_in_the_same_output_is_refused(dataset, sources, tmp_path):
+    write_nifti(sources[0].image_path, np.full((12, 10, 3), 7.0, "f4") * np.arange(3))
+    with pytest.raises(ValueError, match="choose another --output"):
+        write_prepared(dataset.path, sources, RECIPE, PATIENTS, "toy")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").write_text("keep")
+    with pytest.raises(ValueError, match="choose another --output"):
+        write_prepared(tmp_path / "foreign", sources, RECIPE, PATIENTS, "toy")
+    assert (tmp_path / "foreign" / "thesis.txt").exists()
+
+
+def test_failure_half_way_leaves_nothing(tmp_path, sources, monkeypatch):
+    original, calls = prepared._prepare_case, itertools.count()
+
+    def fail_late(source, recipe):
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return original(source, recipe)
+
+    monkeypatch.setattr(prepared, "_prepare_case", fail_late)
+    with pytest.raises(KeyboardInterrupt):
+        write_prepared(tmp_path / "out", sources, RECIPE, PATIENTS, "toy")
+    assert [path.name for path in tmp_path.iterdir()] == ["files"]
+    with pytest.raises(FileNotFoundError, match="nothing was prepared there"):
+        open_prepared(tmp_path / "out")
+    monkeypatch.undo()
+    assert len(write_prepared(tmp_path / "out", sources, RECIPE, PATIENTS, "toy").cases) == 6
+
+
+def test_killed_process_leaves_no_half_that_passes_for_whole(tmp_path, sources):
+    script = f"""
+import os, sys
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+import test_prepared as t
+from pathlib import Path
+t.prepared.PreparedDataset  # imported
+original = t.prepared._prepare_case
+def die(source, recipe):
+    if source.case_id == "p2_f0":
+        os._exit(9)
+    return original(source, recipe)
+t.prepared._prepare_case = die
+sources = t.make_files(Path({str(tmp_path / "files")!r}))
+t.write_prepared(Path({str(tmp_path / "out")!r}), sources, t.RECIPE, t.PATIENTS, "toy")
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 9
+    assert list(tmp_path.glob(".out.partial-*"))
+    with pytest.raises(FileNotFoundError, match="half-way"):
+        open_prepared(tmp_path / "out")
+    assert len(write_prepared(tmp_path / "out", sources, RECIPE, PATIENTS, "toy").cases) == 6
+    assert not list(tmp_path.glob(".out.partial-*"))  # what the killed one left is gone
+
+
+@pytest.mark.parametrize(
+    ("patients", "message"),
+    [
+        ({"train": ["p1", "p3"], "val": ["p2", "p3"]}, "p3 is in two splits, train and val"),
+        ({"train": ["p1", "p2", "p3"], "val": []}, "case p2_f0 is in split val, but its patient"),
+        ({"train": ["p1", "p3"]}, "patient p2 in none"),
+        ({"training": ["p1"]}, "split 'training' is unknown"),
+    ],
+)
+def test_patients_must_be_disjoint_and_agree(tmp_path, sources, patients, message):
+    with pytest.raises(ValueError, match=message):
+        write_prepared(tmp_path / "out", sources, RECIPE, patients, "toy")
+
+
+def test_errors_name_the_file(tmp_path, sources):
+    write_nifti(sources[3].label_path, np.full((13, 10, 4), 30, "u1"))
+    with pytest.raises(ValueError, match=r"p2_f1_gt.nii.gz.*30"):
+        write_prepared(tmp_path / "out", sources, RECIPE, PATIENTS, "toy")
+    write_nifti(sources[3].label_path, np.zeros((13, 10, 5), "u1"))
+    with pytest.raises(ValueError, match=r"p2_f1_gt.nii.gz has shape \(13, 10, 5\)"):
+        write_prepared(tmp_path / "out", sources, RECIPE, PATIENTS, "toy")
+    with pytest.raises(ValueError, match="p1_f0 is listed twice"):
+        write_prepared(tmp_path / "out", [*sources, sources[0]], RECIPE, PATIENTS, "toy")
+    with pytest.raises(ValueError, match="no case"):
+        write_prepared(tmp_path / "out", [], RECIPE, PATIENTS, "toy")
+
+
+@pytest.mark.parametrize("name", ["images.f32", "labels.u8", "index.json"])
+def test_truncated_cache_is_made_again(dataset, name):
+    expected = dataset.image(0).copy(), dataset.label(5).copy()
+    file = dataset.path / "cache" / name
+    file.write_bytes(file.read_bytes()[:-8])
+    again = open_prepared(dataset.path)
+    np.testing.assert_array_equal(again.image(0), expected[0])
+    np.testing.assert_array_equal(again.label(5), expected[1])
+    assert sorted(p.name for p in dataset.path.iterdir() if "cache" in p.name) == ["cache"]
+
+
+def test_processes_that_open_at_the_same_time_all_succeed(dataset):
+    for path in (dataset.path / "cache").iterdir():
+        path.unlink()
+    (dataset.path / "cache").rmdir()
+    with ProcessPoolExecutor(3, mp_context=_spawn()) as pool:
+        sums = list(pool.map(_sum_of_images, [dataset.path] * 3))
+    assert sums == [_sum_of_images(dataset.path)] * 3
+    assert not list(dataset.path.glob(".cache*"))
+
+
+def _spawn():
+    import multiprocessing
+
+    return multiprocessing.get_context("spawn")
+
+
+def _sum_of_images(path):
+    opened = open_prepared(path)
+    return [float(opened.image(i).sum()) for i in range(len(opened.cases))]
+
+
+def test_read_only_folder_uses_the_temporary_folder(dataset, tmp_path, monkeypatch):
+    for path in (dataset.path / "cache").iterdir():
+        path.unlink()
+    (dataset.path / "cache").rmdir()
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(prepared.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    original = Path.mkdir
+
+    def mkdir(self, *args, **kwargs):  # the user who runs the tests may be root
+        if dataset.path in self.parents:
+            raise PermissionError(13, "Permission denied", str(self))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    opened = open_prepared(dataset.path)
+    assert not (dataset.path / "cache").exists()
+    assert list((tmp_path / "tmp").glob("sscl_jax-*/cache-*/images.f32"))
+    np.testing.assert_array_equal(opened.image(1), dataset.image(1))
+    assert open_prepared(dataset.path).fingerprint == dataset.fingerprint
+
+
+def test_open_says_what_to_do(tmp_path, dataset):
+    with pytest.raises(FileNotFoundError, match="python -m data_prep"):
+        open_prepared(tmp_path / "absent")
+    metadata = json.loads((dataset.path / "metadata.json").read_text())
+    (dataset.path / "metadata.json").write_text(json.dumps({**metadata, "format": 99}))
+    with pytest.raises(ValueError, match="format 99"):
+        open_prepared(dataset.path)
+
+
+def test_damaged_records_are_told(dataset):
+    for path in (dataset.path / "cache").iterdir():
+        path.unlink()
+    (dataset.path / "cache").rmdir()
+    for path in dataset.path.glob("*.array_record*"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        open_prepared(dataset.path)
+
+
+def test_header_spacing_is_used_where_the_sform_has_none():
+    header = nibabel.Nifti1Header()
+    header["pixdim"][1:4] = (1.5, 1.25, 10)
+    unit = np.diag([-1.0, -1.0, 1.0, 1.0])
+    got = prepared.with_header_spacing(unit, header)
+    np.testing.assert_allclose(got, np.diag([-1.5, -1.25, 10, 1]))
+    np.testing.assert_array_equal(prepared.with_header_spacing(got, header), got)
+
+
+def test_map_ahead_keeps_order_and_is_bounded():
+    taken = 0
+    started = []
+
+    def work(number):
+        started.append(number)
+        return number
+
+    for number in prepared.map_ahead(work, range(100)):
+        assert number == taken
+        taken += 1
+        assert len(started) - taken <= 10
