@@ -111,7 +111,8 @@ def prepare(
         patients, more = listed_splits(scans)
         problems += more
     else:
-        patients = draw_splits(scans, val_fraction, test_fraction, seed)
+        patients, more = draw_splits(scans, val_fraction, test_fraction, seed)
+        problems += more
     split_of = {patient: split for split in SPLITS for patient in patients[split]}
     sources = [
         CaseSource(scan.case_id, scan.patient, split_of[scan.patient], scan.image, scan.label)
@@ -293,36 +294,39 @@ def listed_splits(scans: list[Scan]) -> tuple[dict[str, list[str]], list[str]]:
 
 def draw_splits(
     scans: list[Scan], val_fraction: float, test_fraction: float, seed: int
-) -> dict[str, list[str]]:
+) -> tuple[dict[str, list[str]], list[str]]:
     """Draws patients with masks for val and test by a hash of (seed, patient id).
 
     A patient's place depends on its own id alone, so the sizes are only near the fractions.
 
-    Raises:
-      ValueError: a part that was asked for came out empty.
+    Returns:
+      Patients of each split; a problem for each part that was asked for and came out empty.
     """
     labelled = {scan.patient for scan in scans if scan.label is not None}
+    everyone = {scan.patient for scan in scans}
+
+    def split_of(patient: str, seed: int) -> str:
+        chance = _chance(seed, "split", patient)
+        if patient not in labelled or chance >= test_fraction + val_fraction:
+            return "train"
+        return "test" if chance < test_fraction else "val"
+
+    fractions = {"train": 1.0, "val": val_fraction, "test": test_fraction}
+    wanted = {split for split in SPLITS if fractions[split] > 0}
     patients: dict[str, list[str]] = {split: [] for split in SPLITS}
     # By another hash, so that the first patients of train are a random draw as well.
-    for patient in sorted(
-        {scan.patient for scan in scans}, key=lambda p: _chance(seed, "order", p)
-    ):
-        chance = _chance(seed, "split", patient)
-        if patient in labelled and chance < test_fraction:
-            patients["test"].append(patient)
-        elif patient in labelled and chance < test_fraction + val_fraction:
-            patients["val"].append(patient)
-        else:
-            patients["train"].append(patient)
-    wanted = {"train": 1.0, "val": val_fraction, "test": test_fraction}
-    for split in SPLITS:
-        if wanted[split] > 0 and not patients[split]:
-            raise ValueError(
-                f"the draw put none of {len(labelled)} patients with masks into {split}: choose "
-                f"another --seed, another --{split if split != 'train' else 'val'}_fraction (0 for "
-                "none), or name the patients in a file for --splits"
-            )
-    return patients
+    for patient in sorted(everyone, key=lambda p: _chance(seed, "order", p)):
+        patients[split_of(patient, seed)].append(patient)
+    empty = [split for split in SPLITS if split in wanted and not patients[split]]
+    if not empty:
+        return patients, []
+    fitting = (s for s in range(1000) if wanted <= {split_of(p, s) for p in everyone})
+    seed_that_fits = next(fitting, None)
+    remedy = "change the fractions" if seed_that_fits is None else f"give --seed {seed_that_fits}"
+    return patients, [
+        f"split: the draw put none of {len(labelled)} patients with masks into "
+        f"{' and '.join(empty)}: {remedy}, or name the patients in a file for --splits"
+    ]
 
 
 def _chance(*parts: object) -> float:
