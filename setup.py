@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 setup(
     name="sscl_jax",
     version="0.1.0",
-    description="Self-ensembling contrastive learning for semi-supervised medical image segmentation",
+    description="Semi-supervised medical image segmentation by self-ensembling contrast",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
