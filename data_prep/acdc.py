@@ -42,9 +42,11 @@ def prepare(
       ValueError, FileNotFoundError: the files or the splits do not fit.
     """
     input_dir = Path(input_dir)
-    if splits is None:
-        own = input_dir / "splits.json"
-        splits = own if own.is_file() else PACKAGED_SPLITS
+    name = "acdc"
+    if splits is None and (input_dir / "splits.json").is_file():
+        # As the phantoms do, which are not ACDC and should not be called so.
+        splits, name = input_dir / "splits.json", input_dir.resolve().name
+    splits = splits or PACKAGED_SPLITS
     patients = common.read_splits(splits)
     folders = find_patients(input_dir)
     common.tell_missing(patients, folders, splits)
@@ -66,7 +68,7 @@ def prepare(
         label_values=LABEL_VALUES,
         class_names=CLASSES,
     )
-    dataset = write_prepared(output, sources, recipe, patients, "acdc")
+    dataset = write_prepared(output, sources, recipe, patients, name)
     print(common.summary(dataset))
     return dataset
 

@@ -477,8 +477,8 @@ def open_prepared(path: Path) -> PreparedDataset:
         left = list(path.parent.glob(f".{path.name}.partial-*")) if path.parent.is_dir() else []
         why = "its preparation was stopped half-way" if left else "nothing was prepared there"
         raise FileNotFoundError(
-            f"{path} is not a prepared dataset ({why}): run `python -m data_prep.acdc`, `.folder` "
-            f"or `.phantom` with --output {path}"
+            f"{path} is not a prepared dataset ({why}): run `python -m data_prep.acdc` or "
+            f"`python -m data_prep.folder` with --output {path}"
         )
     if metadata.get("format") != FORMAT or "fingerprint" not in metadata:
         raise ValueError(
