@@ -5,8 +5,8 @@
 They stand in for ACDC where no data may be downloaded: a demonstration, a test, a first look. A
 patient is drawn as geometry in millimetres (`draw_patient`), sampled finer than the voxel grid
 (`rasterise`), and turned into an MR image by averaging over each thick voxel and adding coil bias,
-ghosting, blur and Rician noise (`to_mr`). Shapes, position, contrast and artefacts differ so much
-between patients that two labelled ones do not cover the rest.
+ghosting, blur and Rician noise (`to_mr`). Shapes, position, contrast and artefacts differ
+between patients, so that a few labelled ones are meant not to cover the rest.
 
 Layout: `training/patientNNN/{Info.cfg, patientNNN_frameXX.nii.gz, patientNNN_frameXX_gt.nii.gz}`,
 `splits.json` (patient ids of train, val and test) and `phantom.json` (the parameters).
