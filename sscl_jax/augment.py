@@ -1,12 +1,12 @@
 """Weak and strong views of an image, in pure JAX: one geometric warp, then intensity changes.
 
-Every function works on one example of any rank (2-D slice or 3-D patch); callers `jax.vmap` over the
-batch with one key per example. All are deterministic in their key and can be jitted.
+Every function works on one example of any rank (2-D slice or 3-D patch); callers `jax.vmap` over
+the batch with one key per example. All are deterministic in their key and can be jitted.
 
-A warp is a field of *coordinates*: for each output pixel its position in the source, in pixels of the
-canvas with pixel centres at integers. A pixel covers half a pixel on each side of its centre, so the
-canvas spans [-0.5, n - 0.5]. The *canvas* is the fixed-size array an image is stored in; the image
-covers `extent` pixels of it, starts at `floor((shape - extent) / 2)`, and the rest is padding.
+The *canvas* is the fixed-size array an image is stored in: the image covers `extent` pixels of it,
+starts at `floor((shape - extent) / 2)`, and the rest is padding. A warp is a field of coordinates:
+for each output pixel its position in the canvas, in pixels, with centres at integers. A pixel
+covers half a pixel on each side of its centre, so a canvas axis spans [-0.5, n - 0.5].
 """
 
 import itertools
@@ -39,12 +39,12 @@ def random_coordinates(
     flip: tuple[bool, ...],
     spread: float,
 ) -> jax.Array:
-    """Draws one random warp: crop, flip, rotation, zoom, shear and elastic, composed into one field.
+    """Draws one random warp: crop, flip, rotation, zoom, shear and elastic in a single field.
 
     The source position of the output pixel o (counted from the patch centre) is
-    `centre + zoom^-1 · R · S · F · o + u(o)`: F flips, S shears and R rotates in the plane of the last two
-    axes, u is a smooth random field. With all strengths zero and `spread=0` the field is exactly the
-    centred crop, and with `spread` alone it is a crop at whole pixels (no interpolation blur).
+    `centre + zoom^-1 · R · S · F · o + u(o)`: F flips, S shears and R rotates in the plane of the
+    last two axes, u is a smooth random field. With all strengths zero and `spread=0` it is exactly
+    the centred crop; with `spread` alone it is a crop at whole pixels (no interpolation blur).
 
     Args:
       key: random key.
@@ -54,11 +54,11 @@ def random_coordinates(
       rotate: largest angle, degrees; uniform in [-rotate, rotate].
       scale: (low, high) zoom, both > 0, the same for all axes, log-uniform; above 1 magnifies.
       shear: largest shear (tangent of the angle); uniform in [-shear, shear].
-      elastic: standard deviation of the displacement in pixels, one number or one for each axis. The
-        field is a cubic B-spline with a node every 32 pixels.
+      elastic: standard deviation of the displacement in pixels, one number or one for each axis.
+        The field is a cubic B-spline with a node every 32 pixels.
       flip: for each axis, whether to flip it with probability 0.5.
-      spread: in [0, 1]; the patch centre is that of the image plus, for each axis, a normal (sd 0.5,
-        truncated to [-1, 1]) times `spread * max(0, extent - patch) / 2`.
+      spread: in [0, 1]; the patch centre is that of the image plus, for each axis, a normal
+        (sd 0.5, truncated to [-1, 1]) times `spread * max(0, extent - patch) / 2`.
 
     Returns:
       (*patch, rank) float32 coordinates in the canvas.
@@ -71,19 +71,21 @@ def random_coordinates(
         raise ValueError(
             f"shape {shape}, patch {patch} and flip {flip} must have one entry for each axis"
         )
-    keys = jax.random.split(key, 6)
+    key_scalars, key_shift, key_field = jax.random.split(key, 3)
     size = jnp.asarray(patch, jnp.float32)
     extent = jnp.asarray(extent, jnp.float32)
 
-    shift = 0.5 * jax.random.truncated_normal(keys[0], -2.0, 2.0, (rank,))
+    shift = 0.5 * jax.random.truncated_normal(key_shift, -2.0, 2.0, (rank,))
     shift = shift * spread * jnp.maximum(extent - size, 0.0) / 2.0
     start = jnp.floor(_lead(shape, extent) + (extent - size) / 2.0 + shift)
     centre = start + (size - 1.0) / 2.0
 
-    angle = jnp.deg2rad(jax.random.uniform(keys[1], minval=-rotate, maxval=rotate))
-    zoom = _log_uniform(keys[2], jnp.log(scale[0]), jnp.log(scale[1]))
-    tangent = jax.random.uniform(keys[3], minval=-shear, maxval=shear)
-    flipped = jax.random.bernoulli(keys[4], 0.5, (rank,)) & jnp.asarray(flip)
+    # One draw for all scalars: each call of the generator costs some 0.3 s of compilation on a CPU.
+    uniform = jax.random.uniform(key_scalars, (3 + rank,))
+    angle = jnp.deg2rad(_between(uniform[0], -rotate, rotate))
+    zoom = jnp.exp(_between(uniform[1], jnp.log(scale[0]), jnp.log(scale[1])))
+    tangent = _between(uniform[2], -shear, shear)
+    flipped = (uniform[3:] < 0.5) & jnp.asarray(flip)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     # R · S for the last two axes: [[cos, -sin], [sin, cos]] · [[1, tangent], [0, 1]].
     matrix = jnp.eye(rank)
@@ -92,12 +94,12 @@ def random_coordinates(
         matrix = matrix.at[-2:, -2:].set(plane)
     matrix = matrix / zoom * jnp.where(flipped, -1.0, 1.0)
 
-    # Sums of broadcast products and not a matmul: exact on devices whose matmuls round to TF32 or bf16.
+    # Sums of broadcast products and not a matmul, which some devices round to TF32 or bfloat16.
     offsets = jnp.meshgrid(
         *(jnp.arange(n, dtype=jnp.float32) - (n - 1) / 2 for n in patch), indexing="ij", sparse=True
     )
     moved = [sum(matrix[a, b] * offsets[b] for b in range(rank)) + centre[a] for a in range(rank)]
-    bend = _smooth_field(keys[5], patch, (ELASTIC_SPACING,) * rank, rank)
+    bend = _smooth_field(key_field, patch, (ELASTIC_SPACING,) * rank, rank)
     return jnp.stack(moved, axis=-1) + bend * jnp.asarray(elastic, jnp.float32)
 
 
@@ -119,7 +121,7 @@ def resample(image: jax.Array, coords: jax.Array, fill: float) -> jax.Array:
     low = jnp.floor(clipped)
     weight = clipped - low
     low = low.astype(jnp.int32)
-    pixels = image.reshape(-1, image.shape[-1])
+    pixels = jnp.asarray(image).reshape(-1, image.shape[-1])
     strides = _strides(shape)
 
     lower = [low[..., a] * strides[a] for a in range(len(shape))]
@@ -150,7 +152,7 @@ def resample_labels(labels: jax.Array, coords: jax.Array) -> jax.Array:
     nearest = jnp.floor(jnp.clip(coords, 0.0, limit) + 0.5).astype(jnp.int32)
     strides = _strides(labels.shape)
     index = sum(nearest[..., a] * strides[a] for a in range(labels.ndim))
-    value = labels.reshape(-1).at[index].get(mode="promise_in_bounds")
+    value = jnp.asarray(labels).reshape(-1).at[index].get(mode="promise_in_bounds")
     return jnp.where(_within(coords, 0.0, limit), value, 0).astype(labels.dtype)
 
 
@@ -190,12 +192,13 @@ def weak_intensity(
     Returns:
       (*patch, C) float, finite for finite input, also where the image is constant.
     """
-    keys = jax.random.split(key, 3)
-    channels = image.shape[-1:]
+    key_uniform, key_normal = jax.random.split(key)
+    channels = image.shape[-1]
     spatial = tuple(range(image.ndim - 1))
-    factor = _log_uniform(keys[0], -jnp.log1p(contrast), jnp.log1p(contrast), channels)
-    offset = brightness * jax.random.normal(keys[1], channels)
-    power = _log_uniform(keys[2], -jnp.log1p(gamma), jnp.log1p(gamma), channels)
+    uniform = jax.random.uniform(key_uniform, (2 * channels,))
+    factor = _around_one(uniform[:channels], contrast)
+    power = _around_one(uniform[channels:], gamma)
+    offset = brightness * jax.random.normal(key_normal, (channels,))
 
     low = jnp.min(image, spatial)
     span = jnp.maximum(jnp.max(image, spatial) - low, MIN_RANGE)
@@ -236,24 +239,25 @@ def strong_intensity(
     Returns:
       (*patch, C) float, finite for finite input, also where the image is constant.
     """
-    keys = jax.random.split(key, 6)
+    key_weak, key_uniform, key_field, key_noise = jax.random.split(key, 4)
     patch, spatial = image.shape[:-1], tuple(range(image.ndim - 1))
-    # A change that is not applied is one of strength 0: under vmap a branch would compute both sides.
-    applied = jax.random.bernoulli(keys[0], STRONG_PROBABILITY, (3,)).astype(jnp.float32)
+    uniform = jax.random.uniform(key_uniform, (5,))
+    # A change not applied is one of strength 0: under vmap a branch would compute both sides.
+    applied = (uniform[:3] < STRONG_PROBABILITY).astype(jnp.float32)
 
-    image = weak_intensity(keys[1], image, contrast=contrast, brightness=brightness, gamma=gamma)
+    image = weak_intensity(key_weak, image, contrast=contrast, brightness=brightness, gamma=gamma)
     low = jnp.min(image, spatial)
-    field = _smooth_field(keys[2], patch, tuple(max(n / 2.0, 1.0) for n in patch), 1)
+    field = _smooth_field(key_field, patch, tuple(max(n / 2.0, 1.0) for n in patch), 1)
     image = low + (image - low) * jnp.exp(applied[0] * bias * field)
 
-    image = gaussian_blur(image, applied[1] * jax.random.uniform(keys[3], maxval=blur))
+    image = gaussian_blur(image, applied[1] * blur * uniform[3])
 
-    level = applied[2] * jax.random.uniform(keys[4], maxval=noise) * jnp.std(image, spatial)
-    return image + level * jax.random.normal(keys[5], image.shape, image.dtype)
+    level = applied[2] * noise * uniform[4] * jnp.std(image, spatial)
+    return image + level * _normal(key_noise, image.shape)
 
 
 def gaussian_blur(image: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Blurs (*patch, C) over its spatial axes with 7 Gaussian taps; `sigma` in pixels, 0 = identity."""
+    """Blurs (*patch, C) over its spatial axes by 7 taps; `sigma` in pixels, 0 is the identity."""
     taps = np.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
     weights = jnp.exp(-0.5 * (taps / jnp.maximum(sigma, 1e-3)) ** 2)
     weights = weights / jnp.sum(weights)
@@ -274,27 +278,24 @@ def cutmix_mask(key: jax.Array, patch: tuple[int, ...], area: tuple[float, float
     Args:
       key: random key.
       patch: spatial shape.
-      area: (low, high) in [0, 1]; the fraction of the patch in the box is uniform between them (up to
-        the rounding of the sides to whole pixels).
+      area: (low, high) in [0, 1]; the fraction of the patch in the box is uniform between them
+        (up to the rounding of the sides to whole pixels).
 
     Returns:
-      (*patch) bool, true in the box, which lies inside the patch. Its sides, as fractions of those of
-      the patch, have ratios in [1/2, 2].
+      (*patch) bool, true in the box, which lies inside the patch. Its sides, as fractions of those
+      of the patch, have ratios in [1/2, 2].
     """
     rank = len(patch)
-    keys = jax.random.split(key, 3)
-    fraction = jax.random.uniform(keys[0], minval=area[0], maxval=area[1])
-    side = fraction ** (1.0 / rank)
-    stretch = jax.random.uniform(
-        keys[1], (rank,), minval=-math.log(2.0) / 2.0, maxval=math.log(2.0) / 2.0
-    )
+    uniform = jax.random.uniform(key, (1 + 2 * rank,))
+    side = _between(uniform[0], *area) ** (1.0 / rank)
+    stretch = math.log(2.0) * (uniform[1 : 1 + rank] - 0.5)
     stretch = stretch - jnp.mean(stretch)
     # A large box is stretched less, so that no side exceeds the patch and the area is as drawn.
     room = -jnp.log(side) / jnp.maximum(jnp.max(stretch), 1e-6)
     sides = side * jnp.exp(stretch * jnp.clip(room, 0.0, 1.0))
     size = jnp.asarray(patch, jnp.float32)
     sides = jnp.minimum(jnp.round(sides * size), size)
-    starts = jnp.floor(jax.random.uniform(keys[2], (rank,)) * (size - sides + 1.0))
+    starts = jnp.floor(uniform[1 + rank :] * (size - sides + 1.0))
     starts = jnp.minimum(starts, size - sides)
 
     mask = jnp.ones(patch, bool)
@@ -311,7 +312,7 @@ def _lead(shape: tuple[int, ...], extent: jax.Array) -> jax.Array:
 
 
 def _within(coords: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
-    """(*patch) whether coordinates lie in the box of the pixels `first` to `last`, half pixels included."""
+    """(*patch) whether coordinates lie on the pixels `first` to `last`."""
     return jnp.all((coords >= first - 0.5) & (coords < last + 0.5), axis=-1)
 
 
@@ -320,9 +321,19 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
     return [math.prod(shape[a + 1 :]) for a in range(len(shape))]
 
 
-def _log_uniform(key: jax.Array, low: jax.Array, high: jax.Array, shape=()) -> jax.Array:
-    """exp of a uniform number in [low, high]."""
-    return jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high))
+def _between(uniform: jax.Array, low: float, high: float) -> jax.Array:
+    """Takes uniform numbers in [0, 1) to [low, high]."""
+    return low + uniform * (high - low)
+
+
+def _around_one(uniform: jax.Array, strength: float) -> jax.Array:
+    """Takes uniform numbers in [0, 1) to log-uniform ones in [1/(1+strength), 1+strength]."""
+    return jnp.exp((2.0 * uniform - 1.0) * jnp.log1p(strength))
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal numbers, drawn flat: XLA compiles that many times faster than the shape."""
+    return jax.random.normal(key, (math.prod(shape),)).reshape(shape)
 
 
 def _smooth_field(
@@ -330,19 +341,19 @@ def _smooth_field(
 ) -> jax.Array:
     """(*patch, channels) Gaussian field of mean 0 and sd 1: a cubic B-spline of independent nodes.
 
-    `spacing` is the distance between nodes in pixels, for each axis. The matrices that take nodes to
-    pixels are constants, so that the field costs a few small matmuls.
+    `spacing` is the distance between nodes in pixels, for each axis. The matrices that take nodes
+    to pixels are constants, so that the field costs a few small matmuls.
     """
     bases = [_spline_basis(n, step) for n, step in zip(patch, spacing, strict=True)]
-    field = jax.random.normal(key, (channels, *(basis.shape[1] for basis in bases)))
+    field = _normal(key, (channels, *(basis.shape[1] for basis in bases)))
     for basis in bases:
-        # Contracts the first spatial axis and puts the result last: after `rank` turns all are in order.
+        # Contracts the first spatial axis and puts it last: after all turns they are in order.
         field = jnp.tensordot(field, basis, axes=((1,), (1,)), precision=jax.lax.Precision.HIGHEST)
     return jnp.moveaxis(field, 0, -1)
 
 
 def _spline_basis(size: int, spacing: float) -> np.ndarray:
-    """(size, nodes) cubic B-spline weights with unit norm for each pixel, so that variance is kept."""
+    """(size, nodes) cubic B-spline weights, of unit norm for each pixel to keep variance 1."""
     nodes = math.ceil((size - 1) / spacing) + 3
     distance = np.abs(np.arange(size)[:, None] / spacing - (np.arange(nodes)[None] - 1))
     weights = np.where(
