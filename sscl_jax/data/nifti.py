@@ -40,7 +40,7 @@ def read_image(
         voxels that are not finite.
 
     Warns:
-      UserWarning: the affine's axes are not at right angles (they are then treated as if they were).
+      UserWarning: the affine's axes are not at right angles (they are treated as if they were).
     """
     image, array = _load(path, np.float32)
     if array.ndim == 4 and not channels:
@@ -189,7 +189,7 @@ def _load(path: str | Path, dtype: type | None) -> tuple[nib.Nifti1Image, np.nda
         raise ValueError(f"{path}: has shape {image.shape}; expected (X, Y, Z)")
     # Compare the claim with the file before anything is allocated for it.
     compressed = path.name.lower().endswith(".gz")
-    expected = int(image.dataobj.offset) + math.prod(shape) * stored.itemsize
+    expected = int(image.dataobj.offset) + math.prod(shape) * stored.itemsize  # type: ignore[attr-defined]
     room = path.stat().st_size * (_DEFLATE_RATIO if compressed else 1)
     if expected > room or math.prod(shape) > MAX_VOXELS:
         raise ValueError(

@@ -83,7 +83,9 @@ class Recipe:
                 f"label_values must be 2 to {_UNKNOWN} different numbers >= 0, got {values}"
             )
         if len(self.class_names) != len(values):
-            raise ValueError(f"{len(values)} label_values need as many names: {self.class_names}")
+            raise ValueError(
+                f"class_names must be {len(values)}, one for each value, got {self.class_names}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
@@ -120,7 +122,8 @@ class Grid:
     @property
     def native_spacing(self) -> tuple[float, float, float]:
         """Voxel size of the native array, mm, in its axis order."""
-        return tuple(float(s) for s in voxel_sizes(self.native_affine))
+        x, y, z = voxel_sizes(self.native_affine)
+        return float(x), float(y), float(z)
 
 
 def make_grid(native_shape: Sequence[int], affine: np.ndarray, recipe: Recipe) -> Grid:
@@ -139,10 +142,9 @@ def make_grid(native_shape: Sequence[int], affine: np.ndarray, recipe: Recipe) -
       ValueError: the affine is singular or not finite; the shape is not 3-D; the prepared array
         would have more than 2^31 voxels.
     """
-    native_shape = tuple(int(n) for n in native_shape)
     affine = np.array(affine, np.float64)
     if len(native_shape) != 3 or min(native_shape) < 1:
-        raise ValueError(f"a scan has three axes, got shape {native_shape}")
+        raise ValueError(f"a scan has three axes, got shape {tuple(native_shape)}")
     if affine.shape != (4, 4) or not np.isfinite(affine).all():
         raise ValueError(f"the affine must be 4 x 4 and finite, got {affine.tolist()}")
     sizes = voxel_sizes(affine)
@@ -151,16 +153,16 @@ def make_grid(native_shape: Sequence[int], affine: np.ndarray, recipe: Recipe) -
 
     _, axes = _reorientation(affine, recipe.orientation)
     native = [float(sizes[axis]) for axis in axes]
-    spacing = tuple(own if s is None else s for own, s in zip(native, recipe.spacing, strict=True))
-    lengths = [native_shape[axis] * own for axis, own in zip(axes, native, strict=True)]
-    counts = [length / s for length, s in zip(lengths, spacing, strict=True)]
+    spacing = [own if s is None else s for own, s in zip(native, recipe.spacing, strict=True)]
+    counts = [native_shape[axes[i]] * native[i] / spacing[i] for i in range(3)]
     if math.prod(max(1.0, n) for n in counts) > _MAX_VOXELS:
         raise ValueError(
-            f"shape {native_shape} with voxels of {sizes.tolist()} mm is too large at a spacing of "
-            f"{spacing} mm; correct the header's voxel sizes or choose a larger spacing"
+            f"shape {tuple(native_shape)} with voxels of {sizes.tolist()} mm is too large at a "
+            f"spacing of {spacing} mm; correct the header's voxel sizes or choose a larger spacing"
         )
-    shape = tuple(max(1, round(n)) for n in counts)
-    return Grid(native_shape, affine, shape, spacing)
+    x, y, z = (int(n) for n in native_shape)
+    depth, height, width = (max(1, round(n)) for n in counts)
+    return Grid((x, y, z), affine, (depth, height, width), (spacing[0], spacing[1], spacing[2]))
 
 
 def prepare_image(array: np.ndarray, grid: Grid, recipe: Recipe) -> np.ndarray:
@@ -185,7 +187,9 @@ def prepare_image(array: np.ndarray, grid: Grid, recipe: Recipe) -> np.ndarray:
         raise ValueError(f"image shape {array.shape} is not {grid.native_shape} + (channels,)")
     if not np.isfinite(array).all():
         raise ValueError("the image has voxels that are NaN or infinite; replace them by numbers")
-    array = _resample_to_prepared(array, grid, recipe)
+    low, high = array.min((0, 1, 2)), array.max((0, 1, 2))
+    # The clip undoes rounding, which z-scores would blow up where the image is constant.
+    array = np.clip(_resample_to_prepared(array, grid, recipe), low, high)
     scale = _scale_mr if recipe.intensity == "mr" else _scale_ct
     bounds = recipe.percentiles if recipe.intensity == "mr" else recipe.window
     out = np.empty(array.shape, np.float32)
@@ -294,47 +298,55 @@ def _resample_to_prepared(array: np.ndarray, grid: Grid, recipe: Recipe) -> np.n
 def _resample(array: np.ndarray, shape: Sequence[int], ratio: Sequence[float]) -> np.ndarray:
     """Resamples the first three axes, one after the other, to `shape`.
 
-    `ratio` is the target's voxel size over the source's. Linear interpolation is separable, so each
-    axis is one product with a small matrix, the axes that shrink most first.
+    `ratio` is the target's voxel size over the source's. Linear interpolation is separable, so the
+    axes are independent; those that shrink most go first, which leaves the others less to do.
     """
     for axis in np.argsort([new / old for new, old in zip(shape, array.shape[:3], strict=True)]):
-        old, new = array.shape[axis], shape[axis]
-        if old == new and abs(ratio[axis] - 1) < 1e-5:
-            continue
-        before, after = array.shape[:axis], array.shape[axis + 1 :]
-        weights = _interpolation_matrix(old, new, ratio[axis])
-        array = weights @ array.reshape(math.prod(before), old, math.prod(after))
-        array = array.reshape(*before, new, *after)
+        if array.shape[axis] != shape[axis] or abs(ratio[axis] - 1) > 1e-5:
+            array = _resample_axis(array, int(axis), shape[axis], ratio[axis])
     return array
 
 
-def _interpolation_matrix(old: int, new: int, ratio: float) -> np.ndarray:
-    """Linear interpolation along one axis as a matrix, float32 (new, old); rows sum to 1.
+def _resample_axis(array: np.ndarray, axis: int, new: int, ratio: float) -> np.ndarray:
+    """Linear interpolation of float32 `array` along one axis, to `new` voxels.
 
     Voxel i of the new axis lies at x = (i + 1/2 - new/2) ratio + old/2 - 1/2 of the old one, so the
-    centres coincide; the border voxel continues outwards. When the new voxels are larger, the tent
+    centres coincide; beyond the border its voxel goes on. Where the new voxels are larger, the tent
     of linear interpolation is widened to their size (as jax.image.resize and Pillow do), so that a
     coarse grid sees averages of the fine one and not aliases.
     """
-    x = (np.arange(new) + 0.5 - new / 2) * ratio + old / 2 - 0.5
-    x = np.clip(x, 0, old - 1)
-    weights = np.maximum(0, 1 - np.abs(x[:, None] - np.arange(old)) / max(1.0, ratio))
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    old = array.shape[axis]
+    width = max(1.0, ratio)
+    x = np.clip((np.arange(new) + 0.5 - new / 2) * ratio + old / 2 - 0.5, 0, old - 1)
+    # The old voxels nearer to x than the width; a column of `taps` for each new voxel.
+    taps = np.floor(x - width).astype(int) + 1 + np.arange(math.ceil(2 * width))[:, None]
+    weights = np.maximum(0, 1 - np.abs(x - taps) / width) * ((taps >= 0) & (taps < old))
+    weights = (weights / weights.sum(0)).astype(np.float32)
+    taps = np.clip(taps, 0, old - 1)
+    weights = weights.reshape(*taps.shape, *[1] * (array.ndim - axis - 1))
+    # A gather for each tap is several times faster than a product with the (sparse) matrix.
+    out = np.take(array, taps[0], axis) * weights[0]
+    for tap, weight in zip(taps[1:], weights[1:], strict=True):
+        part = np.take(array, tap, axis)
+        part *= weight
+        out += part
+    return out
 
 
 def _scale_mr(image: np.ndarray, percentiles: tuple[float, float]) -> np.ndarray:
     """Clips to percentiles of the body, then z-score over the body; zeros for a constant image.
 
     The body is what exceeds the minimum by more than a tenth of (99th percentile - minimum): the
-    air around a patient is dark and takes no part in the statistics, however wide the field of view.
+    air around a patient is dark and takes no part in the statistics, however much of it there is.
     """
-    low = image.min()
-    body = image[image > low + 0.1 * (np.percentile(image, 99) - low)]
-    if body.size == 0:
+    darkest, brightest = image.min(), image.max()
+    if darkest == brightest:
         return np.zeros_like(image)
+    body = image[image > darkest + 0.1 * (np.percentile(image, 99) - darkest)]
     low, high = np.percentile(body, percentiles)
-    if low == high:  # the body has one value, as in a binary image: take everything instead
-        body, low, high = image, image.min(), image.max()
+    # A body of one value, but for rounding, as in a binary image: take everything instead.
+    if high - low <= 1e-5 * max(abs(low), abs(high)):
+        body, low, high = image, darkest, brightest
     body = np.clip(body, low, high)
     return (np.clip(image, low, high) - body.mean()) / body.std()
 

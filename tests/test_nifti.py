@@ -1,0 +1,366 @@
+"""NIfTI in and out: geometry to the bit, types, and files that are damaged."""
+
+import gzip
+import struct
+import warnings
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
+
+from sscl_jax.data.nifti import read_image, read_label, write_mask
+from sscl_jax.data.recipe import Recipe, make_grid, prepare_label, to_native, unmap_labels
+
+SHAPE = (20, 30, 5)
+
+
+def oblique_affine():
+    affine = np.eye(4)
+    rotation = Rotation.from_euler("xyz", (20, -10, 35), degrees=True).as_matrix()
+    affine[:3, :3] = rotation @ np.diag((-1.25, 1.25, 10))
+    affine[:3, 3] = (-40.5, 17.25, 300)
+    return affine
+
+
+def save(path, array, affine=None, image_class=nib.Nifti1Image, **header):
+    image = image_class(array, np.eye(4) if affine is None else affine)
+    for name, value in header.items():
+        image.header[name] = value
+    nib.save(image, path)
+    return path
+
+
+def raw_header(path):
+    """The first 348 bytes, read without nibabel's image classes."""
+    opener = gzip.open if path.name.endswith(".gz") else open
+    with opener(path, "rb") as file:
+        return nib.Nifti1Header(file.read(348), check=False)
+
+
+def noise(dtype=np.int16, shape=SHAPE):
+    return np.random.default_rng(0).integers(0, 1000, shape).astype(dtype)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.float64, ">i2"])
+def test_image_comes_back(tmp_path, name, dtype):
+    array = noise() % 250
+    image = nib.Nifti1Image(array.astype(dtype), oblique_affine())
+    if dtype == ">i2":
+        image = nib.Nifti1Image(array, oblique_affine(), nib.Nifti1Header(endianness=">"))
+        image.set_data_dtype(dtype)
+    nib.save(image, tmp_path / name)
+    actual, affine, header = read_image(tmp_path / name)
+    assert actual.dtype == np.float32 and actual.shape == (*SHAPE, 1)
+    assert actual.flags.c_contiguous or actual.flags.f_contiguous
+    np.testing.assert_array_equal(actual[..., 0], array)
+    np.testing.assert_allclose(affine, oblique_affine(), atol=1e-5)
+    assert affine.dtype == np.float64 and header.get_data_shape() == SHAPE
+
+
+def test_scaling_is_applied(tmp_path):
+    array = noise()
+    image = nib.Nifti1Image(array, np.eye(4))
+    nib.save(image, tmp_path / "a.nii")
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    struct.pack_into("<ff", content, 112, 0.5, -1024)  # scl_slope, scl_inter
+    (tmp_path / "a.nii").write_bytes(content)
+    np.testing.assert_allclose(read_image(tmp_path / "a.nii")[0][..., 0], array * 0.5 - 1024)
+    with pytest.raises(ValueError, match=r"a\.nii: labels must"):
+        read_label(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [((4, 5), (4, 5, 1, 1)), ((4, 5, 6), (4, 5, 6, 1)), ((4, 5, 6, 1), (4, 5, 6, 1))],
+)
+def test_accepted_shapes(tmp_path, stored, expected):
+    path = save(tmp_path / "a.nii.gz", noise(shape=stored))
+    image, affine, header = read_image(path)
+    assert image.shape == expected
+    assert read_label(save(tmp_path / "l.nii", noise(shape=stored) % 3))[0].shape == expected[:3]
+    write_mask(tmp_path / "m.nii.gz", image[..., 0].astype(int), affine, header)
+    np.testing.assert_array_equal(read_image(tmp_path / "m.nii.gz")[0], image)
+
+
+def test_four_dimensions_need_channels(tmp_path):
+    path = save(tmp_path / "cine.nii.gz", noise(shape=(4, 5, 6, 3)))
+    with pytest.raises(ValueError, match=r"cine\.nii\.gz: the image is 4-D, shape \(4, 5, 6, 3\)"):
+        read_image(path)
+    image, affine, header = read_image(path, channels=True)
+    assert image.shape == (4, 5, 6, 3)
+    write_mask(tmp_path / "m.nii", np.ones((4, 5, 6), np.uint8), affine, header)
+    assert nib.load(tmp_path / "m.nii").shape == (4, 5, 6)
+    with pytest.raises(ValueError, match="4-D"):
+        read_label(path)
+    with pytest.raises(ValueError, match="shape"):
+        read_image(save(tmp_path / "five.nii", noise(shape=(2, 3, 4, 1, 2))), channels=True)
+
+
+@pytest.mark.parametrize("codes", [(1, 1), (2, 1), (0, 1), (1, 0), (0, 0), (4, 3)])
+@pytest.mark.parametrize("name", ["out/deep/m.nii", "out/m.nii.gz"])
+def test_mask_keeps_geometry(tmp_path, codes, name):
+    image = nib.Nifti1Image(noise(), None)
+    other = oblique_affine()
+    other[:3, 3] += 3  # sform and qform may differ
+    image.set_sform(oblique_affine(), codes[0])
+    image.set_qform(other, codes[1])
+    image.header.set_zooms((1.25, 1.25, 10))
+    image.header.set_xyzt_units("mm", "sec")
+    image.header.set_slope_inter(0.01, -7)
+    image.header["cal_max"] = 900
+    nib.save(image, tmp_path / "a.nii.gz")
+    scan, affine, header = read_image(tmp_path / "a.nii.gz")
+    before = header.copy()
+    mask = np.random.default_rng(1).choice([0, 500, 600], SHAPE)
+    write_mask(tmp_path / name, mask, affine, header)
+
+    assert header == before  # the caller's header is not touched
+    old, new = raw_header(tmp_path / "a.nii.gz"), raw_header(tmp_path / name)
+    fields = ["qform_code", "sform_code", "srow_x", "srow_y", "srow_z", "pixdim", "xyzt_units"]
+    fields += [f"quatern_{c}" for c in "bcd"] + [f"qoffset_{c}" for c in "xyz"] + ["dim"]
+    for field in fields:
+        np.testing.assert_array_equal(old[field], new[field], err_msg=field)
+    assert new.get_data_dtype() == np.uint16 and new["bitpix"] == 16
+    assert (new["scl_slope"], new["scl_inter"], new["cal_max"]) == (1, 0, 0)
+    np.testing.assert_array_equal(read_label(tmp_path / name)[0], mask)
+    np.testing.assert_allclose(read_label(tmp_path / name)[1], affine, atol=1e-6)
+    assert [p.name for p in (tmp_path / name).parent.iterdir()] == [name.split("/")[-1]]
+
+
+@pytest.mark.parametrize(
+    ("top", "dtype"),
+    [(0, np.uint8), (4, np.uint8), (255, np.uint8), (256, np.uint16), (70000, np.uint32)],
+)
+def test_mask_is_as_small_as_it_can_be(tmp_path, top, dtype):
+    path = save(tmp_path / "a.nii", noise(np.float32))
+    _, affine, header = read_image(path)
+    mask = np.full(SHAPE, top, np.int64)
+    mask[0] = 0
+    write_mask(tmp_path / "m.nii.gz", mask, affine, header)
+    assert nib.load(tmp_path / "m.nii.gz").get_data_dtype() == dtype
+    label, _ = read_label(tmp_path / "m.nii.gz")
+    assert label.dtype == dtype
+    np.testing.assert_array_equal(label, mask)
+
+
+@pytest.mark.parametrize("values", [(0, 1, 2, 4), (0, 500, 600)])
+def test_prediction_on_files(tmp_path, values):
+    """Read, prepare, bring back, write: the written file equals the label file."""
+    label = np.random.default_rng(2).choice(values, SHAPE).astype(np.int16)
+    path = save(tmp_path / "label.nii.gz", label, oblique_affine())
+    _, affine, header = read_image(path)
+    recipe = Recipe(
+        spacing=(None, None, None), label_values=values, class_names=tuple(map(str, values))
+    )
+    array, label_affine = read_label(path)
+    np.testing.assert_array_equal(label_affine, affine)
+    grid = make_grid(array.shape, affine, recipe)
+    one_hot = np.eye(len(values), dtype=np.float32)[prepare_label(array, grid, recipe)]
+    mask = unmap_labels(to_native(one_hot, grid, recipe).argmax(-1), values)
+    write_mask(tmp_path / "mask.nii.gz", mask, affine, header)
+    again, again_affine = read_label(tmp_path / "mask.nii.gz")
+    np.testing.assert_array_equal(again, label)
+    np.testing.assert_array_equal(again_affine, affine)
+
+
+def test_nifti2_stays_nifti2(tmp_path):
+    path = save(tmp_path / "a.nii.gz", noise(), oblique_affine(), nib.Nifti2Image)
+    _, affine, header = read_image(path)
+    write_mask(tmp_path / "m.nii.gz", np.ones(SHAPE, bool), affine, header)
+    assert isinstance(nib.load(tmp_path / "m.nii.gz"), nib.Nifti2Image)
+
+
+def test_extensions_are_dropped(tmp_path):
+    image = nib.Nifti1Image(noise(), np.eye(4))
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"DOE^JOHN" * 100))
+    nib.save(image, tmp_path / "a.nii")
+    _, affine, header = read_image(tmp_path / "a.nii")
+    write_mask(tmp_path / "m.nii", np.ones(SHAPE, int), affine, header)
+    assert b"DOE" not in (tmp_path / "m.nii").read_bytes()
+    np.testing.assert_array_equal(read_label(tmp_path / "m.nii")[0], 1)
+
+
+def test_wrong_masks_are_refused(tmp_path):
+    path = save(tmp_path / "a.nii", noise())
+    _, affine, header = read_image(path)
+    mask = np.ones(SHAPE, np.uint8)
+    for wrong, message in [
+        (mask[:-1], r"shape \(19, 30, 5\) is not the image's, \(20, 30, 5\)"),
+        (mask.transpose(1, 0, 2), "shape"),
+        (mask * 0.5, "whole numbers >= 0, got float64"),
+        (mask.astype(int) - 2, "whole numbers"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            write_mask(tmp_path / "m.nii.gz", wrong, affine, header)
+    with pytest.raises(ValueError, match="affine"):
+        write_mask(tmp_path / "m.nii.gz", mask, affine * 2, header)
+    with pytest.raises(ValueError, match=r"must end in \.nii"):
+        write_mask(tmp_path / "m.mha", mask, affine, header)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.nii"]
+
+
+def test_failed_write_leaves_the_old_mask(tmp_path, monkeypatch):
+    path = save(tmp_path / "a.nii", noise())
+    _, affine, header = read_image(path)
+    write_mask(tmp_path / "m.nii", np.ones(SHAPE, int), affine, header)
+
+    def fail(image, name):
+        name.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(nib, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_mask(tmp_path / "m.nii", np.zeros(SHAPE, int), affine, header)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.nii", "m.nii"]
+    np.testing.assert_array_equal(read_label(tmp_path / "m.nii")[0], 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int16, ">i2", np.uint8])
+def test_labels_of_any_storage_type(tmp_path, dtype):
+    label = np.random.default_rng(3).choice([0, 1, 2, 4], SHAPE)
+    actual, _ = read_label(save(tmp_path / "l.nii.gz", label.astype(dtype)))
+    assert actual.dtype == np.uint8
+    np.testing.assert_array_equal(actual, label)
+
+
+def test_scaled_labels_lose_their_rounding(tmp_path):
+    label = np.random.default_rng(4).choice([0, 1, 2, 3], SHAPE)
+    image = nib.Nifti1Image(label.astype(np.float32), np.eye(4))
+    image.set_data_dtype(np.uint8)  # nibabel scales 0..3 to 0..255
+    nib.save(image, tmp_path / "l.nii")
+    assert nib.load(tmp_path / "l.nii").dataobj.slope != 1
+    np.testing.assert_array_equal(read_label(tmp_path / "l.nii")[0], label)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.linspace(0, 1, 60), r"whole numbers, found 0\.0169.*\.\.\."),
+        (np.r_[np.ones(59), np.nan], "found nan"),
+        (np.r_[np.ones(59), np.inf], "found inf"),
+        (np.r_[np.ones(59), -3], "found -3"),
+        (np.r_[np.ones(59), 1e12], "found 1e"),
+        (np.arange(60 * 6) - 0.0, "360 distinct values"),
+        (np.arange(60 * 6) * 1000.0, "360 distinct values"),
+    ],
+)
+def test_what_is_no_label_is_refused(tmp_path, array, message):
+    path = save(tmp_path / "l.nii", array.reshape(3, 4, -1))
+    with pytest.raises(ValueError, match=r"l\.nii: .*" + message):
+        read_label(path)
+
+
+def test_rgb_and_complex_are_refused(tmp_path):
+    rgb = np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    with pytest.raises(ValueError, match=r"rgb\.nii: is an RGB"):
+        read_image(save(tmp_path / "rgb.nii", rgb))
+    with pytest.raises(ValueError, match="complex64"):
+        read_image(save(tmp_path / "c.nii", np.ones(SHAPE, np.complex64)))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+def test_non_finite_voxels_are_counted_and_located(tmp_path, value):
+    array = np.ones(SHAPE)
+    array[3, 4, 2] = array[5, 0, 0] = value
+    with pytest.raises(ValueError, match=r"a\.nii: 2 of 3000 voxels .* at \(3, 4, 2\)"):
+        read_image(save(tmp_path / "a.nii", array))
+
+
+def test_missing_file(tmp_path):
+    for read in (read_image, read_label):
+        with pytest.raises(FileNotFoundError, match=r"gone\.nii: no such file"):
+            read(tmp_path / "gone.nii")
+    with pytest.raises(FileNotFoundError):
+        read_image(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_every_truncation_is_noticed(tmp_path, name):
+    path = save(tmp_path / name, noise())
+    content = path.read_bytes()
+    for size in {0, 1, 100, 347, 348, 352, len(content) // 2, len(content) - 9, len(content) - 1}:
+        path.write_bytes(content[:size])
+        for read in (read_image, read_label):
+            with pytest.raises(ValueError, match=r"a\.nii"):
+                read(path)
+
+
+def test_flipped_bytes_in_gz_are_noticed(tmp_path):
+    path = save(tmp_path / "a.nii.gz", noise())
+    content = path.read_bytes()
+    # After the gzip header (whose name and time have no checksum), any byte counts.
+    for position in np.linspace(30, len(content) - 1, 60).astype(int):
+        damaged = bytearray(content)
+        damaged[position] ^= 0x10
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a\.nii\.gz: "):
+            read_image(path)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(position=st.integers(0, 351), value=st.integers(0, 255))
+def test_damaged_header_never_raises_anything_else(tmp_path, position, value):
+    path = save(tmp_path / "a.nii", noise(shape=(6, 5, 4)))
+    content = bytearray(path.read_bytes())
+    content[position] = value
+    path.write_bytes(content)
+    for read in (read_image, read_label):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                read(path)
+            except ValueError as error:
+                assert str(error).startswith(str(path)) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_giant_claim_allocates_nothing(tmp_path, name):
+    path = save(tmp_path / name, noise(shape=(6, 5, 4)))
+    opener = gzip.open if name.endswith(".gz") else open
+    with opener(path, "rb") as file:
+        content = bytearray(file.read())
+    struct.pack_into("<3h", content, 42, 30000, 30000, 30000)  # dim[1:4]
+    with opener(path, "wb") as file:
+        file.write(content)
+    with pytest.raises(ValueError, match=r"announces shape \(30000, 30000, 30000\)"):
+        read_image(path)
+
+
+def test_wrong_formats_are_refused(tmp_path):
+    (tmp_path / "text.nii").write_text("hello " * 100)
+    (tmp_path / "text.nii.gz").write_text("hello " * 100)
+    save(tmp_path / "a.nii", noise()).rename(tmp_path / "plain.nii.gz")  # not compressed
+    nib.save(nib.MGHImage(noise(np.float32), np.eye(4)), tmp_path / "a.mgz")
+    for name in ("text.nii", "text.nii.gz", "plain.nii.gz", "a.mgz"):
+        with pytest.raises(ValueError, match=name):
+            read_image(tmp_path / name)
+
+
+def test_sheared_affine_is_read_with_a_warning(tmp_path):
+    affine = oblique_affine()
+    affine[:3, 1] += 0.05 * affine[:3, 0]
+    path = save(tmp_path / "a.nii", noise(), affine)
+    with pytest.warns(UserWarning, match=r"a\.nii: the affine is sheared .* 2\.9 degrees"):
+        _, actual, header = read_image(path)
+    np.testing.assert_allclose(actual, affine, atol=1e-5)
+    write_mask(tmp_path / "m.nii", np.ones(SHAPE, int), actual, header)
+    np.testing.assert_array_equal(nib.load(tmp_path / "m.nii").affine, actual)
+
+
+def test_singular_affine_is_refused_by_the_grid(tmp_path):
+    path = save(tmp_path / "a.nii", noise(), oblique_affine())
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<4f", content, 312, 0, 0, 0, 0)  # srow_z
+    path.write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image, affine, _ = read_image(path)
+    recipe = Recipe(label_values=(0, 1), class_names=("bg", "a"))
+    with pytest.raises(ValueError, match="singular"):
+        make_grid(image.shape[:3], affine, recipe)
