@@ -1,0 +1,140 @@
+"""Saves and restores a training with Orbax: the last states, for going on, and the best on val, for use.
+
+    WORKDIR/checkpoints/last/STEP     the two last ones, so that one is left if the other is damaged
+    WORKDIR/checkpoints/best/STEP     the one with the best val Dice
+
+Each holds the state as arrays and a JSON `meta`: config, preprocessing recipe, shapes, and what the loop remembers.
+Orbax writes under a temporary name and renames, so a half-written checkpoint is never taken for a whole one.
+"""
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import flax.serialization
+import flax.traverse_util
+import numpy as np
+import orbax.checkpoint as ocp
+
+from sscl_jax.train_state import TrainState
+
+# Orbax tells every step of its work at INFO, and we say what matters ourselves.
+logging.getLogger("absl").setLevel(logging.WARNING)
+
+
+class Checkpoints:
+    """The checkpoints of one kind, `last` or `best`, of a training."""
+
+    def __init__(self, workdir: Path, kind: str):
+        self.folder = Path(os.path.abspath(workdir)) / "checkpoints" / kind
+        self._options = ocp.CheckpointManagerOptions(
+            max_to_keep=2 if kind == "last" else 1, create=True, enable_async_checkpointing=False
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Saves a host copy of the state (NumPy leaves) and JSON values under the state's step.
+
+        Raises:
+          OSError: nothing could be written (disk full, no permission); earlier checkpoints stay as they are.
+        """
+        step, tree = int(state.step), _to_tree(state)
+        if step in self._manager.all_steps():  # a resumed run evaluates the same step again
+            return
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(tree),
+            meta=ocp.args.JsonSave({**meta, "shapes": _shapes(tree)}),
+        )
+        try:
+            self._manager.save(step, args=arguments)
+        except Exception as error:  # Orbax and tensorstore raise ValueError for a full disk
+            raise OSError(
+                f"{self.folder}: checkpoint {step} could not be written ({_first_line(error)}). Free some space "
+                "or choose another --workdir, then run the same command again: it goes on from the last one."
+            ) from error
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON values saved with a checkpoint."""
+        arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=arguments).meta
+
+    def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest checkpoint that can be read, as NumPy arrays, with its JSON values; None if there is none.
+
+        A damaged one is set aside as `damaged-STEP`, with a warning, and the one before it taken.
+
+        Args:
+          target: a state of the wanted shapes.
+
+        Raises:
+          ValueError: the checkpoint is of another architecture or label set; the differences are listed.
+          OSError: there are checkpoints but none can be read.
+        """
+        found = self.steps()
+        for step in reversed(found):
+            try:
+                meta = self.meta(step)
+                shapes = meta["shapes"]
+            except Exception as error:
+                self._set_aside(step, error)
+                continue
+            tree = _to_tree(target)
+            _check_shapes(shapes, _shapes(tree), self.folder / str(step))
+            try:
+                arguments = ocp.args.Composite(state=ocp.args.StandardRestore(tree))
+                restored = self._manager.restore(step, args=arguments).state
+            except Exception as error:
+                self._set_aside(step, error)
+                continue
+            return flax.serialization.from_state_dict(target, restored), meta
+        if found:
+            raise OSError(
+                f"{self.folder}: none of the checkpoints {found} can be read. Delete the folder to start anew."
+            )
+        return None
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        aside = self.folder.parent / f"damaged-{self.folder.name}-{step}"
+        warnings.warn(
+            f"{self.folder / str(step)} cannot be read ({_first_line(error)}); it is set aside as {aside.name} "
+            "and the one before it is used.",
+            stacklevel=3,
+        )
+        os.replace(self.folder / str(step), aside)
+        self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+
+
+def _to_tree(state: TrainState) -> dict[str, Any]:
+    """Nested dictionaries of arrays; Orbax takes no NumPy scalars, so those become arrays of rank 0."""
+    tree = flax.serialization.to_state_dict(state)
+    return flax.traverse_util.path_aware_map(lambda _, x: np.asarray(x), tree)
+
+
+def _shapes(tree: dict[str, Any]) -> dict[str, list[int]]:
+    flat = flax.traverse_util.flatten_dict(tree, sep="/")
+    return {name: list(leaf.shape) for name, leaf in flat.items()}
+
+
+def _check_shapes(saved: dict[str, list[int]], wanted: dict[str, list[int]], path: Path) -> None:
+    names = sorted(
+        name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name)
+    )
+    if names:
+        lines = [
+            f"{n}: saved {saved.get(n, 'absent')}, wanted {wanted.get(n, 'absent')}" for n in names
+        ]
+        more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
+        raise ValueError(
+            f"{path} is of another network or label set than the config asks for. {'; '.join(lines[:5])}{more}. "
+            "Use the config it was trained with, or another --workdir."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

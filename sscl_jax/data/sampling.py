@@ -1,0 +1,144 @@
+"""Which patients play which part, and which slices make up the batch of a step.
+
+The batch of a step is a pure function of (seed, step): a resumed training sees the data it would have seen.
+"""
+
+import dataclasses
+import functools
+import hashlib
+
+import numpy as np
+
+from sscl_jax.data.prepared import Case, PreparedDataset
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """The part each case plays in a training. Labelled, unlabelled, val and test are disjoint in patients.
+
+    Attributes:
+      labeled: training cases whose labels are read.
+      unlabeled: training cases whose labels, if any, are never read.
+      val: cases for every decision.
+      test: cases looked at once, at the end.
+      left_out: training cases without a label of a patient who counts as labelled.
+    """
+
+    labeled: list[Case]
+    unlabeled: list[Case]
+    val: list[Case]
+    test: list[Case]
+    left_out: list[Case]
+
+
+def assign_roles(dataset: PreparedDataset, labeled_patients: int, labeled_seed: int = -1) -> Roles:
+    """Makes the first `labeled_patients` patients of the training split the labelled ones.
+
+    Args:
+      dataset: the prepared dataset.
+      labeled_patients: number of patients whose labels are used; -1 for all who have one.
+      labeled_seed: -1 keeps the order of the split's own list, in which the conventional subsets are the first
+        ones; otherwise patients are ordered by a hash of seed and id, so that who else has a label changes nothing.
+
+    Raises:
+      ValueError: the number does not fit the patients there are, or a labelled or val set would be empty.
+    """
+    train = [case for case in dataset.cases if case.split == "train"]
+    with_label = {case.patient_id for case in train if case.has_label}
+    order = [patient for patient in dataset.patients["train"] if patient in with_label]
+    if labeled_seed >= 0:
+        order.sort(
+            key=lambda patient: hashlib.sha256(f"{labeled_seed}/{patient}".encode()).digest()
+        )
+    if labeled_patients == -1:
+        labeled_patients = len(order)
+    if not 1 <= labeled_patients <= len(order):
+        raise ValueError(
+            f"data.labeled_patients={labeled_patients}: {dataset.name} has {len(order)} training patients with "
+            f"labels; choose 1 to {len(order)}, or -1 for all."
+        )
+    chosen = set(order[:labeled_patients])
+    return Roles(
+        labeled=[case for case in train if case.patient_id in chosen and case.has_label],
+        unlabeled=[case for case in train if case.patient_id not in chosen],
+        val=[case for case in dataset.cases if case.split == "val" and case.has_label],
+        test=[case for case in dataset.cases if case.split == "test" and case.has_label],
+        left_out=[case for case in train if case.patient_id in chosen and not case.has_label],
+    )
+
+
+def sample_order(seed: int, stream: int, step: int, batch: int, size: int) -> np.ndarray:
+    """Indices (batch,) in [0, size) of the samples of a step: shuffled passes over all samples, one after another."""
+    places = step * batch + np.arange(batch)
+    return np.array([_shuffled(seed, stream, int(p // size), size)[p % size] for p in places])
+
+
+@functools.lru_cache(maxsize=8)
+def _shuffled(seed: int, stream: int, epoch: int, size: int) -> np.ndarray:
+    # RandomState's stream is frozen, so the order survives an update of NumPy between two halves of a training.
+    return np.random.RandomState([seed, stream, epoch]).permutation(size)
+
+
+class Pool:
+    """The samples of some cases: every slice (rank 2) or every volume (rank 3), each on a canvas of one size.
+
+    An image lies centred on the canvas; what surrounds it holds the image's minimum.
+    """
+
+    def __init__(
+        self, dataset: PreparedDataset, cases: list[Case], canvas: tuple[int, ...], labeled: bool
+    ):
+        self.dataset = dataset
+        self.canvas = canvas
+        self.labeled = labeled
+        depth = lambda case: case.grid.shape[0] if len(canvas) == 2 else 1  # noqa: E731
+        self.samples = [(case, index) for case in cases for index in range(depth(case))]
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Reads samples: `image` (n, *canvas, channels) float32, `extent` (n, rank) and `depth` (n, 2) float32, and
+        `label` (n, *canvas) uint8 if labelled."""
+        rank, n = len(self.canvas), len(indices)
+        result = {
+            "image": np.empty((n, *self.canvas, self.dataset.channels), np.float32),
+            "extent": np.empty((n, rank), np.float32),
+            "depth": np.empty((n, 2), np.float32),
+        }
+        if self.labeled:
+            result["label"] = np.zeros((n, *self.canvas), np.uint8)
+        for row, sample in enumerate(indices):
+            case, index = self.samples[sample]
+            image = self.dataset.image(case.index)
+            place, source = _centred(image.shape[3 - rank : 3], self.canvas)
+            part = (index, *source) if rank == 2 else source
+            values = image[part]
+            result["image"][row] = values.min()
+            result["image"][(row, *place)] = values
+            result["extent"][row] = [p.stop - p.start for p in place]
+            slices = case.grid.shape[0]
+            result["depth"][row] = (index + 0.5) / slices if rank == 2 else (0.0, 1.0)
+            if self.labeled:
+                result["label"][(row, *place)] = self.dataset.label(case.index)[part]
+        return result
+
+    def names(self, indices: np.ndarray) -> list[str]:
+        """Case ids of samples."""
+        return [self.samples[sample][0].case_id for sample in indices]
+
+
+def canvas_shape(cases: list[Case], patch: tuple[int, ...]) -> tuple[int, ...]:
+    """The smallest canvas that holds every image of the cases and a patch."""
+    rank = len(patch)
+    shapes = np.array([case.grid.shape[3 - rank :] for case in cases] + [patch])
+    return tuple(int(n) for n in shapes.max(axis=0))
+
+
+def _centred(
+    size: tuple[int, ...], canvas: tuple[int, ...]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Where on the canvas an image goes, and which part of it (all, unless the canvas is smaller)."""
+    place, source = [], []
+    for n, m in zip(size, canvas, strict=True):
+        kept = min(n, m)
+        place.append(slice((m - kept) // 2, (m - kept) // 2 + kept))
+        source.append(slice((n - kept) // 2, (n - kept) // 2 + kept))
+    return tuple(place), tuple(source)

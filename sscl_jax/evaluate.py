@@ -1,0 +1,325 @@
+"""Segments whole volumes and measures them, by case, on the native grid, in millimetres.
+
+python -m sscl_jax.evaluate --checkpoint=runs/acdc --split=val
+python -m sscl_jax.evaluate --predictions=DIR --references=DIR
+"""
+
+import argparse
+import csv
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sscl_jax import metrics
+from sscl_jax.data import nifti, recipe as recipes
+from sscl_jax.data.prepared import Case, PreparedDataset, open_prepared
+from sscl_jax.models import UNet
+
+Predictor = Callable[[Any, np.ndarray], np.ndarray]
+
+
+def window_starts(size: int, patch: int, overlap: float) -> list[int]:
+    """Starts of evenly spaced windows that cover [0, size) with at least `overlap` (a share of the patch)."""
+    if size <= patch:
+        return [0]
+    count = int(np.ceil((size - patch) / (patch * (1 - overlap)))) + 1
+    return [int(start) for start in np.round(np.linspace(0, size - patch, count))]
+
+
+def gaussian_window(patch: Sequence[int]) -> np.ndarray:
+    """Weights (*patch) of a window's pixels, greatest in its centre (sigma = patch / 8) and nowhere 0."""
+    weights = np.ones(())
+    for n in patch:
+        x = (np.arange(n) - (n - 1) / 2) / (n / 8)
+        weights = np.multiply.outer(weights, np.exp(-0.5 * x**2))
+    return np.maximum(weights, 1e-3).astype(np.float32)
+
+
+def make_predictor(
+    model: UNet, patch: tuple[int, ...], overlap: float = 0.5, batch: int = 8
+) -> Predictor:
+    """Builds `predict(variables, image) -> probabilities`, by a sliding window of the size trained on.
+
+    The window keeps normalisation statistics as they were in training, and one compiled shape serves every volume.
+
+    Args:
+      model: the network.
+      patch: window, (H, W) for slices or (D, H, W).
+      overlap: least overlap of neighbouring windows, in [0, 1).
+      batch: windows in one call.
+
+    Returns:
+      A function of the model's variables and an image (D, H, W, C), giving probabilities (D, H, W, classes) float32.
+    """
+
+    @jax.jit
+    def forward(variables, windows):
+        return jax.nn.softmax(model.apply(variables, windows)[0])
+
+    rank = len(patch)
+    window = (1,) * (3 - rank) + tuple(patch)
+    weights = gaussian_window(patch).reshape(window)[..., None]
+
+    def predict(variables: Any, image: np.ndarray) -> np.ndarray:
+        shape = image.shape[:3]
+        before = [max(0, p - n) // 2 for p, n in zip(window, shape, strict=True)]
+        after = [max(0, p - n) - b for p, n, b in zip(window, shape, before, strict=True)]
+        pads = [*zip(before, after, strict=True), (0, 0)]
+        image = np.pad(image, pads, constant_values=image.min())
+        starts = [
+            window_starts(n, p, overlap if p > 1 else 0.0)
+            for n, p in zip(image.shape[:3], window, strict=True)
+        ]
+        total = np.zeros((*image.shape[:3], model.num_classes), np.float32)
+        norm = np.zeros((*image.shape[:3], 1), np.float32)
+        places = [
+            tuple(slice(s, s + p) for s, p in zip(corner, window, strict=True))
+            for corner in itertools.product(*starts)
+        ]
+        for first in range(0, len(places), batch):
+            chosen = places[first : first + batch]
+            windows = np.stack([image[place] for place in chosen]).reshape(
+                -1, *patch, image.shape[-1]
+            )
+            # A full batch always: a shorter last one would be compiled anew.
+            windows = np.pad(windows, [(0, batch - len(chosen))] + [(0, 0)] * (rank + 1))
+            probs = np.asarray(forward(variables, windows))
+            for place, part in zip(chosen, probs[: len(chosen)], strict=True):
+                total[place] += weights * part.reshape(*window, -1)
+                norm[place] += weights
+        inside = tuple(slice(b, b + n) for b, n in zip(before, shape, strict=True))
+        return total[inside] / norm[inside]
+
+    return predict
+
+
+class CaseResult(NamedTuple):
+    """What one network made of one case.
+
+    Attributes:
+      case: the case.
+      prediction: (X, Y, Z) uint8, classes on the native grid.
+      metrics: compared with the native label, in mm.
+    """
+
+    case: Case
+    prediction: np.ndarray
+    metrics: metrics.CaseMetrics
+
+
+def segment(
+    predict: Predictor,
+    variables: Any,
+    image: np.ndarray,
+    grid: recipes.Grid,
+    recipe: recipes.Recipe,
+) -> np.ndarray:
+    """Classes (X, Y, Z) uint8 on the native grid, of a prepared image (D, H, W, C)."""
+    probs = recipes.to_native(predict(variables, image), grid, recipe)
+    return np.argmax(probs, axis=-1).astype(np.uint8)
+
+
+def evaluate_cases(
+    predict: Predictor, variables: Any, dataset: PreparedDataset, cases: Sequence[Case]
+) -> list[CaseResult]:
+    """Segments and measures cases that have a label."""
+    results = []
+    for case in cases:
+        prediction = segment(
+            predict, variables, dataset.image(case.index), case.grid, dataset.recipe
+        )
+        measured = metrics.case_metrics(
+            prediction,
+            dataset.native_label(case.index),
+            dataset.num_classes,
+            case.grid.native_spacing,
+        )
+        results.append(CaseResult(case, prediction, measured))
+    return results
+
+
+CASE_COLUMNS = (
+    "network", "case", "patient", "class", "dice", "jaccard", "hd95_mm", "assd_mm", "counted", "flagged",
+)  # fmt: skip
+
+
+def write_case_table(
+    path: Path,
+    rows: Sequence[tuple[str, str, str, metrics.CaseMetrics]],
+    class_names: Sequence[str],
+) -> None:
+    """Writes `CASE_COLUMNS` for each class of each (network, case id, patient id, metrics)."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(CASE_COLUMNS)
+        for *names, m in rows:
+            for c, name in enumerate(class_names[1:]):
+                values = (f"{v[c]:.6g}" for v in (m.dice, m.jaccard, m.hd95, m.assd))
+                writer.writerow([*names, name, *values, int(m.counted[c]), int(m.flagged[c])])
+
+
+def mask_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Path]]:
+    """(case id, prediction, reference) of two folders, paired by relative path.
+
+    A reference may carry `_gt`, `_label` or `_seg` behind the scan's name, and only references need a partner: a
+    prediction without a reference is an error too, since it would silently not count.
+
+    Raises:
+      FileNotFoundError: a folder is missing or empty, or files lack a partner; names them.
+    """
+
+    def masks(folder: Path) -> dict[str, Path]:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder.")
+        files = sorted(
+            p for p in folder.rglob("*") if p.name.endswith((".nii", ".nii.gz")) and p.is_file()
+        )
+        if not files:
+            raise FileNotFoundError(f"{folder}: no .nii or .nii.gz file there.")
+        return {
+            str(p.relative_to(folder)).removesuffix(".gz").removesuffix(".nii"): p for p in files
+        }
+
+    predicted, found = masks(predictions), masks(references)
+    pairs, used = [], set()
+    for name, path in found.items():
+        stem = name
+        for suffix in ("_gt", "_label", "_seg"):
+            stem = stem.removesuffix(suffix)
+        partner = name if name in predicted else stem
+        if (
+            stem == name
+            and name not in predicted
+            and any(f"{name}{s}" in found for s in ("_gt", "_label", "_seg"))
+        ):
+            continue  # the scan itself, beside its reference
+        if partner not in predicted:
+            raise FileNotFoundError(
+                f"{path}: {predictions} has no prediction {partner}.nii.gz for it."
+            )
+        pairs.append((partner, predicted[partner], path))
+        used.add(partner)
+    if extra := sorted(predicted.keys() - used):
+        raise FileNotFoundError(
+            f"{predicted[extra[0]]}: {references} has no reference for it ({len(extra)} such)."
+        )
+    return pairs
+
+
+def evaluate_folders(
+    predictions: Path, references: Path
+) -> tuple[list[str], list[str], list[metrics.CaseMetrics]]:
+    """Measures masks against reference masks on disk.
+
+    Returns:
+      Case ids; class names (the label values, of all files, in ascending order); metrics by case.
+
+    Raises:
+      FileNotFoundError: see `mask_pairs`.
+      ValueError: a pair differs in shape or geometry, or a file is not a label map.
+    """
+    pairs = mask_pairs(predictions, references)
+    values: set[int] = {0}
+    for _, *paths in pairs:
+        for path in paths:
+            values |= {int(v) for v in np.unique(nifti.read_label(path)[0])}
+    ordered = sorted(values)
+    if len(ordered) < 2:
+        raise ValueError(f"{references}: all masks are empty: there is nothing to measure.")
+    results = []
+    for _, predicted, reference in pairs:
+        (p, p_affine), (r, r_affine) = nifti.read_label(predicted), nifti.read_label(reference)
+        if p.shape != r.shape:
+            raise ValueError(f"{predicted}: shape {p.shape}, but {reference} has {r.shape}.")
+        if not np.allclose(p_affine, r_affine, atol=1e-3):
+            raise ValueError(
+                f"{predicted}: its affine is not that of {reference}: they are not the same grid."
+            )
+        spacing = tuple(np.linalg.norm(r_affine[:3, :3], axis=0))
+        p, r = (recipes.map_labels(array, ordered) for array in (p, r))
+        results.append(metrics.case_metrics(p, r, len(ordered), spacing))
+    return [name for name, *_ in pairs], [str(v) for v in ordered], results
+
+
+def evaluate_split(network, split: str, data: str | None) -> tuple[list[CaseResult], str]:
+    """Measures a loaded network on a split of the data it was trained with; results and a title.
+
+    Raises:
+      ValueError: the data are not those of the training, or the split has no case with a label.
+    """
+    dataset = open_prepared(Path(data or network.config.data.path))
+    if dataset.fingerprint != network.meta["fingerprint"]:
+        raise ValueError(
+            f"{data or network.config.data.path} is not the prepared dataset that {network.path} was trained with: "
+            "its splits may differ. Give it with --data."
+        )
+    cases = [case for case in dataset.cases if case.split == split and case.has_label]
+    if not cases:
+        raise ValueError(f"{dataset.name}: no case with a label in the {split} split.")
+    config = network.config
+    predict = make_predictor(
+        network.model, tuple(config.data.patch_size), config.eval.final_overlap
+    )
+    title = (
+        f"{split}, {network.name}, step {network.path.name} ({config.method}, seed {config.seed})"
+    )
+    return evaluate_cases(predict, network.variables, dataset, cases), title
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `sscl-evaluate`."""
+    from sscl_jax import experiment  # imported here, since training imports this file
+
+    parser = argparse.ArgumentParser(
+        prog="sscl_jax.evaluate", description="Measures masks by case, in mm."
+    )
+    parser.add_argument(
+        "--checkpoint", help="--workdir of a training: measure its student and teacher"
+    )
+    parser.add_argument(
+        "--split", default="val", choices=["val", "test"], help="split to measure (default val)"
+    )
+    parser.add_argument(
+        "--kind", default="best", choices=["best", "last"], help="which checkpoint (default best)"
+    )
+    parser.add_argument(
+        "--data", help="the prepared dataset, where it is not at the config's data.path any more"
+    )
+    parser.add_argument("--predictions", help="folder of masks: measure them against --references")
+    parser.add_argument("--references", help="folder of reference masks; files pair by name")
+    parser.add_argument("--csv", help="also write one row for each case and class to this file")
+    args = parser.parse_args(argv)
+    folders = args.predictions, args.references
+    if bool(args.checkpoint) == any(folders) or any(folders) != all(folders):
+        parser.error("give either --checkpoint, or --predictions and --references")
+    try:
+        rows: list[tuple[str, str, str, metrics.CaseMetrics]] = []
+        classes: Sequence[str] = ()
+        if args.checkpoint:
+            for name in ("student", "teacher"):
+                network = experiment.load_network(Path(args.checkpoint), args.kind, name)
+                results, title = evaluate_split(network, args.split, args.data)
+                classes = network.recipe.class_names
+                summary = metrics.summarise([r.metrics for r in results])
+                print(metrics.format_table(summary, classes[1:], title) + "\n")
+                rows += [(name, r.case.case_id, r.case.patient_id, r.metrics) for r in results]
+        else:
+            names, classes, measured = evaluate_folders(
+                Path(args.predictions), Path(args.references)
+            )
+            title = f"{args.predictions} against {args.references}"
+            print(metrics.format_table(metrics.summarise(measured), classes[1:], title))
+            rows = [("predictions", name, "", m) for name, m in zip(names, measured, strict=True)]
+        if args.csv:
+            write_case_table(Path(args.csv), rows, classes)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

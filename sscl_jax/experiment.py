@@ -1,0 +1,306 @@
+"""From a config to the things it describes. Here the config ends: what is built takes plain values."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from sscl_jax import parallel, train_step
+from sscl_jax.checkpoint import Checkpoints
+from sscl_jax.data.recipe import Recipe
+from sscl_jax.models import UNet
+from sscl_jax.train_state import TrainState, create_train_state
+
+# Fields that may differ when a training goes on: they decide what is shown and kept, not what is learnt.
+FREE_FIELDS = (
+    "data.path",
+    "log_every",
+    "save_every",
+    "eval.every",
+    "eval.overlap",
+    "eval.final_overlap",
+    "eval.test",
+)
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuses values that no training can start from.
+
+    Raises:
+      ValueError: names the field, its value and what it may be.
+    """
+
+    def require(good: bool, field: str, remedy: str) -> None:
+        if not good:
+            value: Any = config
+            for name in field.split("."):
+                value = value[name]
+            raise ValueError(f"{field}={value!r}: {remedy}.")
+
+    for field in ("steps", "log_every", "save_every", "eval.every", "data.labeled_batch", "data.unlabeled_batch",
+                  "contrast.queries", "contrast.keys", "contrast.cells", "contrast.partitions"):  # fmt: skip
+        value: Any = config
+        for name in field.split("."):
+            value = value[name]
+        require(value >= 1, field, "must be at least 1")
+    for field in ("contrast.weight", "consistency.weight", "pseudo_label.weight"):
+        require(config[field.split(".")[0]].weight >= 0, field, "must be at least 0")
+    for field in ("contrast.threshold", "pseudo_label.threshold"):
+        require(0 <= config[field.split(".")[0]].threshold <= 1, field, "must lie in [0, 1]")
+    require(bool(config.data.path), "data.path", "name the folder that a data_prep command wrote")
+    require(len(config.data.patch_size) in (2, 3), "data.patch_size", "give (H, W) or (D, H, W)")
+    factor = 2 ** (len(config.model.widths) - 1)
+    divisible = all(n > 0 and n % factor == 0 for n in config.data.patch_size)
+    require(
+        divisible,
+        "data.patch_size",
+        f"each must be a multiple of {factor} for {len(config.model.widths)} levels",
+    )
+    require(
+        len(config.augment.flip) == len(config.data.patch_size),
+        "augment.flip",
+        "give one value for each axis",
+    )
+    levels = len(config.model.widths)
+    require(0 <= config.contrast.level < levels, "contrast.level", f"choose 0 to {levels - 1}")
+    require(config.contrast.temperature > 0, "contrast.temperature", "must be positive")
+    require(
+        config.contrast.sampler in ("anatomical", "region"),
+        "contrast.sampler",
+        "choose 'anatomical' or 'region'",
+    )
+    require(
+        config.contrast.positives in ("pixels", "means"),
+        "contrast.positives",
+        "choose 'pixels' or 'means'",
+    )
+    require(
+        config.teacher.scope in ("network", "encoder"),
+        "teacher.scope",
+        "choose 'network' or 'encoder'",
+    )
+    require(0 <= config.teacher.decay < 1, "teacher.decay", "must lie in [0, 1)")
+    require(
+        config.eval.select in ("teacher", "student"), "eval.select", "choose 'teacher' or 'student'"
+    )
+    for field in ("overlap", "final_overlap"):
+        require(0 <= config.eval[field] < 1, f"eval.{field}", "must lie in [0, 1)")
+    require(config.model.norm in ("group", "batch"), "model.norm", "choose 'group' or 'batch'")
+    parallel.local_slice(config.data.labeled_batch)
+    if uses_unlabeled(config):
+        parallel.local_slice(config.data.unlabeled_batch)
+        per_device = config.data.unlabeled_batch // jax.device_count()
+        require(
+            per_device % 2 == 0 or config.augment.cutmix_probability == 0,
+            "data.unlabeled_batch",
+            f"CutMix pairs images, so each of {jax.device_count()} devices needs an even number (or set "
+            "augment.cutmix_probability=0)",
+        )
+
+
+def uses_unlabeled(config: ConfigDict) -> bool:
+    """Whether any term of the loss looks at unlabelled images."""
+    return any(config[term].weight > 0 for term in ("contrast", "consistency", "pseudo_label"))
+
+
+def make_model(config: ConfigDict, num_classes: int) -> UNet:
+    """The network of student and teacher."""
+    return UNet(
+        num_classes=num_classes,
+        widths=tuple(config.model.widths),
+        feature_level=config.contrast.level,
+        projection_dim=config.model.projection_dim,
+        norm=config.model.norm,
+        axis_name=parallel.AXIS,
+    )
+
+
+def make_schedule(config: ConfigDict) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, then cosine to 0."""
+    warmup = min(config.optimizer.warmup_steps, config.steps // 2)
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.optimizer.learning_rate, warmup, config.steps
+    )
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """AdamW with the gradient's global norm clipped."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.optimizer.clip_norm),
+        optax.adamw(make_schedule(config), weight_decay=config.optimizer.weight_decay),
+    )
+
+
+def make_state(config: ConfigDict, num_classes: int, channels: int) -> TrainState:
+    """The state before the first step."""
+    model = make_model(config, num_classes)
+    return create_train_state(
+        model, make_optimizer(config), config.seed, tuple(config.data.patch_size), channels
+    )
+
+
+def make_weights(config: ConfigDict) -> dict[str, Callable[[jax.Array], jax.Array] | None]:
+    """Weight of each term of the loss by step; None for a term that is off."""
+    return {
+        term: train_step.sigmoid_ramp(config[term].weight, config[term].ramp_steps)
+        if config[term].weight > 0
+        else None
+        for term in ("contrast", "consistency", "pseudo_label")
+    }
+
+
+def make_step(config: ConfigDict, num_classes: int) -> Callable:
+    """The training step, mapped over the devices."""
+    augment, weights = config.augment, make_weights(config)
+    views = train_step.Views(
+        geometry={
+            name: augment[name]
+            for name in ("rotate", "scale", "shear", "elastic", "flip", "spread")
+        },
+        weak={name: augment[f"weak_{name}"] for name in ("contrast", "brightness", "gamma")},
+        strong={
+            name: augment[name]
+            for name in ("contrast", "brightness", "gamma", "bias", "noise", "blur")
+        },
+        cutmix_area=tuple(augment.cutmix_area),
+        cutmix_probability=augment.cutmix_probability,
+    )
+    fields = (field.name for field in dataclasses.fields(train_step.Contrast))
+    return parallel.parallel_step(
+        train_step.make_train_step(
+            make_model(config, num_classes),
+            make_optimizer(config),
+            seed=config.seed,
+            patch=tuple(config.data.patch_size),
+            views=views,
+            contrast_options=train_step.Contrast(
+                **{name: config.contrast[name] for name in fields}
+            ),
+            contrast_weight=weights["contrast"],
+            consistency_weight=weights["consistency"],
+            pseudo_label_weight=weights["pseudo_label"],
+            pseudo_label_threshold=config.pseudo_label.threshold,
+            ema_decay=config.teacher.decay,
+            ema_scope=config.teacher.scope,
+            axis_name=parallel.AXIS,
+        )
+    )
+
+
+def flat_config(config: ConfigDict) -> dict[str, Any]:
+    """`{"data.path": ..., ...}` with JSON types."""
+    flat: dict[str, Any] = {}
+
+    def visit(prefix: str, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                visit(f"{prefix}{name}.", value)
+            else:
+                flat[prefix + name] = value
+
+    visit("", json.loads(json.dumps(config.to_dict())))
+    return flat
+
+
+def check_same_training(
+    config: ConfigDict, meta: dict[str, Any], fingerprint: str, workdir: Path
+) -> None:
+    """Refuses to go on with a training that had another config or other data.
+
+    Raises:
+      ValueError: lists the fields that differ.
+    """
+    saved, wanted = flat_config(ConfigDict(meta["config"])), flat_config(config)
+    names = [n for n in sorted(saved.keys() | wanted.keys()) if n not in FREE_FIELDS]
+    differences = [
+        f"{n} was {saved.get(n)!r}, is {wanted.get(n)!r}"
+        for n in names
+        if saved.get(n) != wanted.get(n)
+    ]
+    if meta["fingerprint"] != fingerprint:
+        differences.append("the prepared data are others")
+    if differences:
+        raise ValueError(
+            f"{workdir} holds a training with another config: {'; '.join(differences)}. Choose another --workdir, "
+            "or the config it was started with."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A trained network with all that it takes to use it.
+
+    Attributes:
+      model: the architecture.
+      variables: its parameters (and statistics), as `model.apply` takes them.
+      recipe: preprocessing that the training saw.
+      config: config of the training.
+      meta: what else was saved: step, fingerprint, val figures.
+      path: the checkpoint.
+      name: `teacher` or `student`.
+    """
+
+    model: UNet
+    variables: dict[str, Any]
+    recipe: Recipe
+    config: ConfigDict
+    meta: dict[str, Any]
+    path: Path
+    name: str
+
+
+def network_variables(state: TrainState, network: str) -> dict[str, Any]:
+    """Variables of the student or the teacher, as `model.apply` takes them."""
+    if network not in ("teacher", "student"):
+        raise ValueError(f"network {network!r}: choose 'teacher' or 'student'.")
+    params, stats = getattr(state, network), getattr(state, f"{network}_stats")
+    return {"params": params, "batch_stats": stats} if stats else {"params": params}
+
+
+def load_network(workdir: Path, kind: str = "best", network: str = "teacher") -> Network:
+    """Loads a network from the working folder of a training.
+
+    Args:
+      workdir: `--workdir` of the training.
+      kind: `best` on val, or `last`; a training without val cases has only `last`.
+      network: `teacher` or `student`.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+    """
+    folder = Path(workdir) / "checkpoints"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{workdir} holds no checkpoints: give the --workdir of a training."
+        )
+    kinds = [kind, "last"] if kind == "best" else [kind]
+    for each in kinds:
+        if not (folder / each).is_dir():
+            continue
+        checkpoints = Checkpoints(Path(workdir), each)
+        if not checkpoints.steps():
+            continue
+        meta = checkpoints.meta(checkpoints.steps()[-1])
+        config = ConfigDict(meta["config"])
+        recipe = Recipe.from_dict(meta["recipe"])
+        num_classes = len(recipe.label_values)
+        restored = checkpoints.restore(make_state(config, num_classes, meta["channels"]))
+        assert restored is not None
+        state, meta = restored
+        return Network(
+            make_model(config, num_classes),
+            network_variables(state, network),
+            recipe,
+            config,
+            meta,
+            checkpoints.folder / str(int(state.step)),
+            network,
+        )
+    raise FileNotFoundError(
+        f"{workdir} holds no checkpoint yet: train for longer, or give another --workdir."
+    )

@@ -1,0 +1,52 @@
+"""Segmentation losses. All return unreduced values or sums, so that the caller can reduce over devices."""
+
+import jax
+import jax.numpy as jnp
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross-entropy of each pixel, in nats.
+
+    Args:
+      logits: (..., classes) float.
+      labels: (...) int in [0, classes).
+
+    Returns:
+      (...) float32, at least 0.
+    """
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return -jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
+
+
+def dice_sums(probs: jax.Array, labels: jax.Array, weight: jax.Array) -> jax.Array:
+    """The two sums of the soft Dice of each class, (2, classes): overlap and total.
+
+    Args:
+      probs: (..., classes) in [0, 1].
+      labels: (...) int in [0, classes).
+      weight: (...) in [0, 1]; pixels of weight 0 take no part.
+    """
+    reference = jax.nn.one_hot(labels, probs.shape[-1], dtype=probs.dtype)
+    axes = tuple(range(probs.ndim - 1))
+    w = weight[..., None].astype(probs.dtype)
+    overlap = jnp.sum(w * probs * reference, axes)
+    total = jnp.sum(w * (probs + reference), axes)
+    return jnp.stack([overlap, total])
+
+
+def soft_dice_loss(sums: jax.Array, smooth: float = 1.0) -> jax.Array:
+    """1 - (2 overlap + s) / (total + s) of each class (Milletari et al., 2016, with a linear denominator).
+
+    The sums run over the whole batch, since a slice often lacks a class, and `smooth` (in pixels) makes a class
+    absent from both a perfect match instead of 0 / 0.
+    """
+    overlap, total = sums
+    return 1.0 - (2.0 * overlap + smooth) / (total + smooth)
+
+
+def squared_difference(probs: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean over classes of the squared difference of two probability maps: (..., classes) to (...).
+
+    The consistency of the mean teacher (Tarvainen & Valpola, 2017).
+    """
+    return jnp.mean(jnp.square(probs - target), axis=-1)

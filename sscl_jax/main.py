@@ -1,0 +1,51 @@
+"""Trains, or goes on with a training.
+
+    python -m sscl_jax.main --config=configs/acdc.py:anatomical_pl --workdir=runs/acdc
+
+Exit status: 0 done; 1 input or config cannot be used; 130 or 143 stopped by SIGINT or SIGTERM, saved before leaving.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from sscl_jax import parallel
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, with the method behind a colon."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs, tables and pictures.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "host:port of process 0, where jax cannot find it itself."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", 0, "Number of processes, with --coordinator."
+)
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Number of this process, with --coordinator.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f"error: unknown argument {argv[1]!r}: flags start with --; see --help.")
+    try:
+        parallel.initialise_hosts(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        from sscl_jax import train  # the devices are known from here on
+
+        train.train(_CONFIG.value, Path(_WORKDIR.value))
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("SSCL_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def run() -> None:
+    """Entry point of `sscl-train`."""
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,78 @@
+"""Devices and hosts. The only file that says pmap."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+AXIS = "devices"
+
+
+def initialise_hosts(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
+    """Joins the processes of a training, when there are several.
+
+    Without arguments jax finds the others itself on a TPU pod, under SLURM and under Open MPI.
+
+    Args:
+      coordinator: `host:port` of process 0, where jax cannot find it.
+      num_processes: number of processes, with `coordinator`.
+      process_id: number of this process, with `coordinator`.
+    """
+    if coordinator:
+        if num_processes < 1 or not 0 <= process_id < num_processes:
+            raise ValueError(
+                f"--coordinator={coordinator} needs --num_processes (is {num_processes}) and --process_id "
+                f"(is {process_id}) from 0 to num_processes - 1."
+            )
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+        return
+    several = int(os.environ.get("SLURM_NTASKS", os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))) > 1
+    pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    if several or pod:
+        jax.distributed.initialize()
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the logs."""
+    return jax.process_index() == 0
+
+
+def local_slice(global_batch: int) -> slice:
+    """The part of the global batch that this process feeds to its devices.
+
+    Raises:
+      ValueError: the devices cannot share the batch equally.
+    """
+    devices = jax.device_count()
+    if global_batch % devices:
+        raise ValueError(
+            f"a batch of {global_batch} does not divide over {devices} devices: set data.labeled_batch and "
+            f"data.unlabeled_batch to multiples of {devices}."
+        )
+    size = global_batch // jax.process_count()
+    return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
+
+
+def shard(batch: Any) -> Any:
+    """Splits the leading axis of every array over this process's devices: (b, ...) to (devices, b / devices, ...)."""
+    devices = jax.local_device_count()
+    return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
+
+
+def parallel_step(
+    step: Callable[[Any, Any], tuple[Any, Any]],
+) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """Maps `step(state, batch)` over the devices: state and metrics are the same on all, the batch is split.
+
+    The state is donated. It has no leading device axis, neither before nor after.
+    """
+    return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=(0,))
+
+
+def to_host(tree: Any) -> Any:
+    """Copies a replicated tree to NumPy arrays on the host."""
+    return jax.tree.map(
+        lambda x: np.array(x.addressable_data(0) if isinstance(x, jax.Array) else x), tree
+    )

@@ -1,0 +1,361 @@
+"""The loop: the only Python that runs once a step."""
+
+import csv
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from tensorboardX import SummaryWriter
+
+from sscl_jax import evaluate, experiment, metrics, parallel, report
+from sscl_jax.checkpoint import Checkpoints
+from sscl_jax.data.prepared import open_prepared
+from sscl_jax.data.sampling import Pool, Roles, assign_roles, canvas_shape, sample_order
+from sscl_jax.train_state import TrainState
+
+TERMS = (
+    "loss",
+    "sup_ce",
+    "sup_dice",
+    "pl_ce",
+    "pl_dice",
+    "pl_coverage",
+    "cons",
+    "con",
+    "grad_norm",
+)
+NETWORKS = ("student", "teacher")
+COLUMNS = (
+    "step", "seconds", "images_per_s", "learning_rate", *TERMS,
+    "weight_contrast", "weight_consistency", "weight_pseudo_label",
+    "val_dice", "val_hd95_mm",
+)  # fmt: skip
+
+
+def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summary]]:
+    """Trains, or goes on with, the training in `workdir`, and measures its best checkpoint.
+
+    Args:
+      config: see `configs/base.py`.
+      workdir: folder of checkpoints, logs, tables and pictures; made if absent.
+
+    Returns:
+      Summary by split (`val`, and `test` if asked for) and network.
+
+    Raises:
+      ValueError, FileNotFoundError, OSError: config, data or workdir cannot be used; says why.
+      FloatingPointError: the loss is not finite; names the step and its cases.
+    """
+    experiment.check_config(config)
+    dataset = open_prepared(Path(config.data.path))
+    roles = assign_roles(dataset, config.data.labeled_patients, config.data.labeled_seed)
+    semi_supervised = experiment.uses_unlabeled(config)
+    if semi_supervised and not roles.unlabeled:
+        raise ValueError(
+            f"data.labeled_patients={config.data.labeled_patients} leaves no unlabelled patient for method "
+            f"{config.method!r}: lower it, or take :supervised."
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+
+    # The state: restored, or new.
+    last, best = Checkpoints(workdir, "last"), Checkpoints(workdir, "best")
+    state = experiment.make_state(config, dataset.num_classes, dataset.channels)
+    memory: dict[str, Any] = {"pending": {}, "best": None, "seconds": 0.0}
+    if restored := last.restore(state):
+        state, meta = restored
+        experiment.check_same_training(config, meta, dataset.fingerprint, workdir)
+        memory = {name: meta[name] for name in memory}
+    start = int(state.step)
+    meta = {
+        "config": json.loads(json.dumps(config.to_dict())),
+        "recipe": dataset.recipe.to_dict(),
+        "channels": dataset.channels,
+        "fingerprint": dataset.fingerprint,
+    }
+
+    main = parallel.is_main_process()
+    if main:
+        _describe(config, dataset.name, roles, start)
+        (workdir / "config.json").write_text(json.dumps(meta["config"], indent=1))
+    log = Log(workdir, start, main)
+    step_fn = experiment.make_step(config, dataset.num_classes)
+    patch = tuple(config.data.patch_size)
+    model = experiment.make_model(config, dataset.num_classes)
+    predict = evaluate.make_predictor(model, patch, config.eval.overlap)
+    schedule, weights = experiment.make_schedule(config), experiment.make_weights(config)
+    images = config.data.labeled_batch + (config.data.unlabeled_batch if semi_supervised else 0)
+    batches = Batches(config, dataset, roles)
+
+    pending = {name: tuple(pair) for name, pair in memory["pending"].items()}
+    unread: list[tuple[int, Any]] = []
+    mark, mark_step = time.monotonic(), start
+    with _caught_signals() as caught:
+        for step, batch in batches.run(start, config.steps):
+            state, step_metrics = step_fn(state, batch)
+            unread.append((step, step_metrics))
+            done = step + 1
+            final = done == config.steps
+            at_log = final or done % config.log_every == 0
+            at_eval = bool(roles.val) and (final or done % config.eval.every == 0)
+            at_save = final or at_eval or done % config.save_every == 0 or bool(caught)
+            if not (at_log or at_save):
+                continue
+
+            # The order is fixed. Read: waits for the device, and finds a loss that is not finite before anything
+            # is saved. Evaluate. Log before saving: rows after the last checkpoint are dropped on resume, so a row
+            # is never lost, and never doubled.
+            _read(unread, pending, batches)
+            now = time.monotonic()
+            memory["seconds"] += now - mark
+            speed, mark, mark_step = (done - mark_step) * images / max(now - mark, 1e-9), now, done
+            row: dict[str, Any] = {}
+            if at_eval and not caught:
+                host = parallel.to_host(state)
+                variables = experiment.network_variables(host, config.eval.select)
+                results = evaluate.evaluate_cases(predict, variables, dataset, roles.val)
+                summary = metrics.summarise([r.metrics for r in results])
+                dice = summary.overall_mean["dice"]
+                row = {"val_dice": dice, "val_hd95_mm": summary.overall_mean["hd95"]}
+                if memory["best"] is None or dice > memory["best"]["dice"]:
+                    memory["best"] = {"step": done, "dice": dice}
+                    best.save(host, meta | memory | {"pending": pending})
+                mark = time.monotonic()  # evaluation is not training time
+            if at_log or row:
+                row |= {name: total / max(count, 1e-9) for name, (total, count) in pending.items()}
+                row |= {
+                    f"weight_{n}": float(w(jnp.asarray(step))) if w else 0.0
+                    for n, w in weights.items()
+                }
+                row |= {"step": done, "seconds": memory["seconds"], "images_per_s": speed}
+                row["learning_rate"] = float(schedule(step))
+                log.write(row, config.steps, images)
+                pending = {}
+            if at_save:
+                last.save(parallel.to_host(state), meta | memory | {"pending": pending})
+            if caught:
+                log.close()
+                if main:
+                    print(
+                        f"stopped by {caught[0].name} at step {done}; saved. Run the same command to go on."
+                    )
+                sys.exit(128 + caught[0])
+    log.close()
+    return _final_tables(config, workdir, dataset, roles, memory["seconds"])
+
+
+class Batches:
+    """The batches of a training, by step."""
+
+    def __init__(self, config: ConfigDict, dataset, roles: Roles):
+        canvas = canvas_shape(roles.labeled + roles.unlabeled, tuple(config.data.patch_size))
+        self.seed = config.seed
+        self.pools = {"labeled": Pool(dataset, roles.labeled, canvas, labeled=True)}
+        self.sizes = {"labeled": config.data.labeled_batch}
+        if experiment.uses_unlabeled(config):
+            self.pools["unlabeled"] = Pool(dataset, roles.unlabeled, canvas, labeled=False)
+            self.sizes["unlabeled"] = config.data.unlabeled_batch
+
+    def indices(self, step: int) -> dict[str, np.ndarray]:
+        """Samples of the global batch of a step, for each pool."""
+        return {
+            part: sample_order(self.seed, stream, step, self.sizes[part], len(pool.samples))
+            for stream, (part, pool) in enumerate(self.pools.items())
+        }
+
+    def load(self, step: int) -> dict[str, dict[str, np.ndarray]]:
+        """This process's share of the batch of a step, split over its devices."""
+        indices = self.indices(step)
+        return parallel.shard({
+            part: pool.batch(indices[part][parallel.local_slice(self.sizes[part])])
+            for part, pool in self.pools.items()
+        })  # fmt: skip
+
+    def names(self, step: int) -> dict[str, list[str]]:
+        """Case ids in the batch of a step."""
+        indices = self.indices(step)
+        return {part: pool.names(indices[part]) for part, pool in self.pools.items()}
+
+    def run(self, start: int, stop: int) -> Iterator[tuple[int, dict]]:
+        """Yields (step, batch), reading the next batch while the device works on this one."""
+        with ThreadPoolExecutor(1) as reader:
+            following = reader.submit(self.load, start)
+            for step in range(start, stop):
+                batch = following.result()
+                following = reader.submit(self.load, step + 1)
+                yield step, batch
+
+
+def _read(
+    unread: list[tuple[int, Any]], pending: dict[str, tuple[float, float]], batches: Batches
+) -> None:
+    """Adds the metrics of past steps to `pending`, (sum, count) each, and empties `unread`."""
+    for step, values in jax.device_get(unread):
+        if not np.isfinite(values["loss"][0]) or not np.isfinite(values["grad_norm"][0]):
+            raise FloatingPointError(
+                f"the loss or its gradient is not finite at step {step}: {dict((k, float(v[0])) for k, v in values.items())}; "
+                f"cases of the batch: {batches.names(step)}. The last checkpoint is good; look at these scans, or lower "
+                "optimizer.learning_rate."
+            )
+        for name, (total, count) in values.items():
+            old = pending.get(name, (0.0, 0.0))
+            pending[name] = (old[0] + float(total), old[1] + float(count))
+    unread.clear()
+
+
+class Log:
+    """metrics.csv, TensorBoard events and a line on the terminal for each row."""
+
+    def __init__(self, workdir: Path, start: int, main: bool):
+        self.main = main
+        if not main:
+            return
+        self.path = workdir / "metrics.csv"
+        rows = []
+        if self.path.exists():
+            with open(self.path, newline="", encoding="utf-8") as file:
+                rows = [
+                    row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= start
+                ]
+        temporary = self.path.with_suffix(".tmp")
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.path)
+        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+
+    def write(self, row: dict[str, Any], steps: int, images: int) -> None:
+        """Writes one row; fields it lacks stay empty."""
+        if not self.main:
+            return
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            text = {n: f"{v:.8g}" if isinstance(v, float) else v for n, v in row.items()}
+            csv.DictWriter(file, COLUMNS).writerow(text)
+        for name, value in row.items():
+            if name != "step":
+                self.events.add_scalar(name, value, row["step"])
+        left = (steps - row["step"]) * images / max(row["images_per_s"], 1e-9)
+        parts = [f"step {row['step']}/{steps}"]
+        parts += [
+            f"{name} {row[name]:.3f}" for name in TERMS if name in row and name != "grad_norm"
+        ]
+        if "val_dice" in row:
+            parts += [f"val Dice {row['val_dice']:.3f}"]
+        parts += [f"{row['images_per_s']:.0f} images/s", f"{_duration(left)} left"]
+        print("  ".join(parts), flush=True)
+
+    def close(self) -> None:
+        """Flushes the events."""
+        if self.main:
+            self.events.close()
+
+
+class _caught_signals:
+    """Collects SIGTERM and SIGINT, so that the loop can save before it leaves."""
+
+    def __enter__(self) -> list[signal.Signals]:
+        caught: list[signal.Signals] = []
+        self.before = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self.before[number] = signal.signal(
+                    number, lambda n, _: caught.append(signal.Signals(n))
+                )
+            except ValueError:  # not the main thread, as in a notebook's worker
+                pass
+        return caught
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def _describe(config: ConfigDict, name: str, roles: Roles, start: int) -> None:
+    """Prints who plays which part."""
+
+    def count(cases):
+        patients = len({case.patient_id for case in cases})
+        return (
+            f"{patients} patients, {len(cases)} cases, {sum(c.grid.shape[0] for c in cases)} slices"
+        )
+
+    print(f"{name}: method {config.method}, {config.steps} steps, seed {config.seed}")
+    print(
+        f"  labelled    {count(roles.labeled)}: {', '.join(sorted({c.patient_id for c in roles.labeled}))}"
+    )
+    used = "" if experiment.uses_unlabeled(config) else " (not used by this method)"
+    print(f"  unlabelled  {count(roles.unlabeled)}{used}")
+    print(f"  val         {count(roles.val)}\n  test        {count(roles.test)}")
+    if roles.left_out:
+        print(
+            f"  left out    {', '.join(c.case_id for c in roles.left_out)}: no label, but a labelled patient"
+        )
+    if not roles.val:
+        print(
+            "  no val cases: the last checkpoint will be used, and nothing is known of how good it is"
+        )
+    kind = jax.devices()[0].device_kind
+    print(f"  {jax.device_count()} device(s) ({kind}), {jax.process_count()} process(es)")
+    if start:
+        print(f"  goes on from step {start}", flush=True)
+
+
+def _final_tables(
+    config: ConfigDict, workdir: Path, dataset, roles: Roles, seconds: float
+) -> dict[str, dict[str, metrics.Summary]]:
+    """Measures the best checkpoint (the last, without val cases) on val and, if asked for, test."""
+    splits = {"val": roles.val} | ({"test": roles.test} if config.eval.test else {})
+    model = experiment.make_model(config, dataset.num_classes)
+    predict = evaluate.make_predictor(
+        model, tuple(config.data.patch_size), config.eval.final_overlap
+    )
+    networks = [experiment.load_network(workdir, "best", name) for name in NETWORKS]
+    summaries: dict[str, dict[str, metrics.Summary]] = {}
+    for split, cases in splits.items():
+        if not cases:
+            continue
+        results = {
+            n.name: evaluate.evaluate_cases(predict, n.variables, dataset, cases) for n in networks
+        }
+        summaries[split] = {
+            name: metrics.summarise([r.metrics for r in rs]) for name, rs in results.items()
+        }
+        if not parallel.is_main_process():
+            continue
+        rows = [
+            (n, r.case.case_id, r.case.patient_id, r.metrics)
+            for n, rs in results.items()
+            for r in rs
+        ]
+        evaluate.write_case_table(workdir / f"{split}_cases.csv", rows, dataset.recipe.class_names)
+        report.write_overlays(workdir / f"{split}_overlays", results[config.eval.select], dataset)
+        for name, summary in summaries[split].items():
+            title = f"{split}, {name}, step {networks[0].path.name} ({config.method}, seed {config.seed})"
+            print("\n" + metrics.format_table(summary, dataset.recipe.class_names[1:], title))
+    if parallel.is_main_process():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(
+            f"\ntrained for {_duration(seconds)}, peak memory {peak:.2f} GiB; everything is in {workdir}",
+            flush=True,
+        )
+    return summaries
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes // 60} h {minutes % 60:02d} min"
+        if minutes >= 60
+        else f"{minutes} min {rest:02d} s"
+    )
