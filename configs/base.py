@@ -41,9 +41,7 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.path = ""  # folder that a data_prep command wrote
-    config.data.labeled_patients = (
-        7  # training patients whose labels are used; -1 = all who have one
-    )
+    config.data.labeled_patients = 7  # training patients whose labels are used; -1 = all who have one
     config.data.labeled_seed = -1  # -1: the first of the split's list; >= 0: drawn with this seed
     config.data.patch_size = (128, 128)  # pixels, (H, W) or (D, H, W)
     config.data.labeled_batch = 4  # labelled images in a step, over all devices
@@ -109,9 +107,7 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.eval.every = 500  # steps between evaluations on val
     config.eval.overlap = 0.1  # of neighbouring windows during training
     config.eval.final_overlap = 0.5  # of neighbouring windows in the final tables
-    config.eval.select = (
-        "teacher"  # whom val measures during training, to decide which checkpoint is best
-    )
+    config.eval.select = "teacher"  # whom val measures during training, to decide which checkpoint is best
     config.eval.test = False  # measure the test split at the end
 
     config.log_every = 50  # steps between rows of metrics.csv

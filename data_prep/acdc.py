@@ -27,9 +27,7 @@ LABEL_VALUES = (0, 1, 2, 3)
 PACKAGED_SPLITS = Path(__file__).parent / "splits" / "acdc.json"
 
 
-def prepare(
-    input_dir: Path, output: Path, splits: Path | None = None, spacing: float = 1.5
-) -> PreparedDataset:
+def prepare(input_dir: Path, output: Path, splits: Path | None = None, spacing: float = 1.5) -> PreparedDataset:
     """Checks the files of an ACDC folder, writes the prepared dataset, prints what it did.
 
     Args:
@@ -83,9 +81,7 @@ def find_patients(input_dir: Path) -> dict[str, Path]:
         if folder.is_dir()
     }
     if not folders:
-        raise FileNotFoundError(
-            f"{base} has no training/patient* folder: give --input the unpacked ACDC archive"
-        )
+        raise FileNotFoundError(f"{base} has no training/patient* folder: give --input the unpacked ACDC archive")
     return folders
 
 
@@ -119,9 +115,7 @@ def patient_cases(folder: Path, split: str) -> tuple[list[CaseSource], list[str]
 def read_frames(path: Path) -> tuple[int, ...]:
     """Frame numbers of end-diastole and end-systole, from lines such as "ED: 1" and "ES: 9"."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: does not exist: restore it, it names the ED and ES frames"
-        )
+        raise FileNotFoundError(f"{path}: does not exist: restore it, it names the ED and ES frames")
     fields = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
     frames = []
     for key in ("ED", "ES"):
@@ -146,9 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--input", type=Path, required=True, help="the unpacked archive")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--splits", type=Path, help="JSON file with train, val and test patients")
-    parser.add_argument(
-        "--spacing", type=float, default=1.5, help="of rows and columns, in mm (default 1.5)"
-    )
+    parser.add_argument("--spacing", type=float, default=1.5, help="of rows and columns, in mm (default 1.5)")
     args = parser.parse_args(argv)
     prepare(args.input, args.output, args.splits, args.spacing)
 

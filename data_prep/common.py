@@ -94,8 +94,7 @@ def read_splits(path: Path) -> dict[str, list[str]]:
         for patient in ids:
             if patient in seen:
                 raise ValueError(
-                    f"{path}: patient {patient} is listed under {seen[patient]} and {split}: "
-                    "list every patient once"
+                    f"{path}: patient {patient} is listed under {seen[patient]} and {split}: list every patient once"
                 )
             seen[patient] = split
     return splits
@@ -145,9 +144,7 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
         else:
             spacing = _anatomical_spacing(with_header_spacing(affine, header))
         if array.size and array.min() == array.max():
-            problems.append(
-                f"{source.image_path}: every voxel is {array.flat[0]:g}: replace or remove the file"
-            )
+            problems.append(f"{source.image_path}: every voxel is {array.flat[0]:g}: replace or remove the file")
         del array
     except (ValueError, OSError) as error:
         problems.append(_with_name(source.image_path, error))
@@ -210,9 +207,7 @@ def _with_name(path: Path, error: Exception) -> str:
 def _spans_space(affine: np.ndarray) -> bool:
     matrix = affine[:3, :3]
     sizes = np.linalg.norm(matrix, axis=0)
-    return bool(np.isfinite(affine).all() and (sizes > 0).all()) and (
-        abs(np.linalg.det(matrix / sizes)) > 1e-3
-    )
+    return bool(np.isfinite(affine).all() and (sizes > 0).all()) and (abs(np.linalg.det(matrix / sizes)) > 1e-3)
 
 
 def _anatomical_spacing(affine: np.ndarray) -> tuple[float, float, float]:
@@ -270,9 +265,7 @@ def summary(dataset: PreparedDataset) -> str:
     row("  unlabelled", lambda s: sum(not case.has_label for case in of[s]))
     row("slices", lambda s: sum(case.grid.shape[0] for case in of[s]))
     present = {
-        case.index: set(np.unique(dataset.native_label(case.index)).tolist())
-        for case in cases
-        if case.has_label
+        case.index: set(np.unique(dataset.native_label(case.index)).tolist()) for case in cases if case.has_label
     }
     for index, name in enumerate(dataset.recipe.class_names):
         holds = {i for i, classes in present.items() if index in classes}

@@ -123,9 +123,7 @@ def prepare(
     if label_values is None:
         label_values = sorted({0}.union(*(fact.values for fact in facts)))
         if len(label_values) < 2:
-            raise ValueError(
-                "no mask holds a value other than 0: add masks, or give --label_values"
-            )
+            raise ValueError("no mask holds a value other than 0: add masks, or give --label_values")
     found, grid_spacing = choose_grid([fact.spacing for fact in facts if fact.spacing])
     if spacing is not None:
         across = None if len(spacing) == 1 else spacing[0]
@@ -138,9 +136,7 @@ def prepare(
         intensity=modality,
         window=window,
         label_values=tuple(label_values),
-        class_names=tuple(
-            class_names or ["background", *(f"label {value}" for value in list(label_values)[1:])]
-        ),
+        class_names=tuple(class_names or ["background", *(f"label {value}" for value in list(label_values)[1:])]),
     )
     name = name or Path(listing).resolve().stem
     dataset = write_prepared(output, sources, recipe, patients, name)
@@ -170,9 +166,7 @@ def list_folder(folder: Path) -> tuple[list[Scan], list[str]]:
         stem = _stem(path)
         channel = re.fullmatch(r"(.*)_(\d{4})", stem)
         if channel and channel[2] != "0000" and f"{channel[1]}_0000" in stems:
-            problems.append(
-                f"{path}: is a further channel of {channel[1]}, and images have one: remove it"
-            )
+            problems.append(f"{path}: is a further channel of {channel[1]}, and images have one: remove it")
             continue
         mask = masks.pop(stem, None)
         if stem.endswith("_0000"):
@@ -184,8 +178,7 @@ def list_folder(folder: Path) -> tuple[list[Scan], list[str]]:
         seen[stem] = path
         scans.append(Scan(stem, path, mask))
     problems += [
-        f"{path}: has no image of that name in {images}: add the image or remove the mask"
-        for path in masks.values()
+        f"{path}: has no image of that name in {images}: add the image or remove the mask" for path in masks.values()
     ]
     return scans, problems
 
@@ -215,24 +208,19 @@ def list_csv(file: Path) -> tuple[list[Scan], list[str]]:
     unknown = sorted(set(columns) - {"image", "label", "patient", "split"})
     if "image" not in columns or unknown:
         raise ValueError(
-            f"{file} has the columns {', '.join(columns)}: name them image and, optionally, label, "
-            "patient, split"
+            f"{file} has the columns {', '.join(columns)}: name them image and, optionally, label, patient, split"
         )
     scans, problems = [], []
     with_split = any((row.get("split") or "").strip() for row in rows)
     seen: dict[str, int] = {}
     for number, row in enumerate(rows, start=2):
-        cells = {
-            key: (row.get(key) or "").strip() for key in ("image", "label", "patient", "split")
-        }
+        cells = {key: (row.get(key) or "").strip() for key in ("image", "label", "patient", "split")}
         where = f"{file}, line {number}"
         if not cells["image"]:
             problems.append(f"{where}: has no image: fill in its path or remove the line")
             continue
         if with_split and cells["split"] not in SPLITS:
-            problems.append(
-                f"{where}: split is {cells['split']!r}: write train, val or test on every line"
-            )
+            problems.append(f"{where}: split is {cells['split']!r}: write train, val or test on every line")
         listed = Path(cells["image"])
         parts = [part for part in listed.with_name(_stem(listed)).parts if part not in ("/", "..")]
         case_id = "_".join(parts)
@@ -257,8 +245,7 @@ def name_patients(scans: list[Scan], pattern: str | None) -> tuple[list[Scan], l
             raise ValueError(f"--patient_pattern {pattern!r} is not valid: {error}") from error
         if groups < 1:
             raise ValueError(
-                f"--patient_pattern {pattern!r} has no group: put the patient into brackets, as in "
-                "'^(p[0-9]+)_'"
+                f"--patient_pattern {pattern!r} has no group: put the patient into brackets, as in '^(p[0-9]+)_'"
             )
     named, problems = [], []
     for scan in scans:

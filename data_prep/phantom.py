@@ -94,9 +94,7 @@ class Ventricles:
     rv_base: float
     rv_length: float
     rv_width: float  # from the septum to the free wall, at the base
-    papillary: tuple[
-        Blob, ...
-    ]  # in units of the endocardial radius in-plane, of the cavity length along z
+    papillary: tuple[Blob, ...]  # in units of the endocardial radius in-plane, of the cavity length along z
 
 
 @dataclass(frozen=True)
@@ -126,17 +124,13 @@ class Anatomy:
     rv_angle: float  # direction from the LV centre to the RV
     rv_span: float  # tangential half-size over the epicardial radius
     rv_skew: float
-    fat_around_heart: tuple[
-        float, float, float
-    ]  # mean mm, relative amplitude, angle of the maximum
+    fat_around_heart: tuple[float, float, float]  # mean mm, relative amplitude, angle of the maximum
     # the rest of the body
     body_centre: tuple[float, float]
     body_radii: tuple[float, float]
     wall_layers: tuple[float, float]  # fat and muscle under the skin, mm
     rib_phase: float
-    diaphragm: tuple[
-        float, float, float, float
-    ]  # height at the base, rise per mm of z, slope, curvature
+    diaphragm: tuple[float, float, float, float]  # height at the base, rise per mm of z, slope, curvature
     abdomen: tuple[Blob, ...]
     lung_vessels: tuple[Blob, ...]
     thorax: tuple[Blob, ...]
@@ -194,9 +188,7 @@ def draw_patient(rng: np.random.Generator, group: str) -> Anatomy:
         ventricles=ventricles,
         lean=(u(-0.05, 0.25), u(-0.1, 0.15)),
         profile=u(1.9, 2.9),
-        endo_waves=tuple(
-            (k, u(0, a), u(0, 2 * np.pi)) for k, a in ((2, 0.1), (3, 0.04), (5, 0.02), (8, 0.02))
-        ),
+        endo_waves=tuple((k, u(0, a), u(0, 2 * np.pi)) for k, a in ((2, 0.1), (3, 0.04), (5, 0.02), (8, 0.02))),
         wall_waves=(
             (1, u(0.3, 0.5) if group == "HCM" else u(0, 0.2), rv_angle + u(-0.6, 0.6)),
             (2, u(0, 0.12), u(0, 2 * np.pi)),
@@ -217,10 +209,7 @@ def draw_patient(rng: np.random.Generator, group: str) -> Anatomy:
         thorax=tuple(_draw_thorax(rng, epi_radius)),
         basal=tuple(_draw_basal(rng, epi_radius, rv_angle)),
         warp=np.stack(
-            [
-                _wave(rng, wavelength, amplitude)
-                for wavelength, amplitude in ((90, 5), (70, 4), (45, 2.5), (28, 1.2))
-            ]
+            [_wave(rng, wavelength, amplitude) for wavelength, amplitude in ((90, 5), (70, 4), (45, 2.5), (28, 1.2))]
         ),
         **_draw_appearance(rng),
     )
@@ -292,9 +281,7 @@ def _draw_abdomen(rng: np.random.Generator) -> Iterator[Blob]:
         centre = (u(-45, 85), u(30, 105), u(-10, 90))
         radii = (u(8, 24), u(7, 17), u(12, 45))
         angle, shell = u(0, np.pi), u(2, 5)
-        content = (Tissue.BOWEL_BRIGHT, Tissue.BOWEL_DARK, Tissue.BOWEL_WALL)[
-            int(rng.choice(3, p=(0.5, 0.3, 0.2)))
-        ]
+        content = (Tissue.BOWEL_BRIGHT, Tissue.BOWEL_DARK, Tissue.BOWEL_WALL)[int(rng.choice(3, p=(0.5, 0.3, 0.2)))]
         yield Blob(Tissue.BOWEL_WALL, centre, radii, angle)
         yield Blob(content, centre, tuple(r - shell for r in radii), angle)
 
@@ -304,9 +291,7 @@ def _draw_thorax(rng: np.random.Generator, epi_radius: float) -> Iterator[Blob]:
     u = rng.uniform
     back = epi_radius + u(30, 48)
     side = u(-30, 10)
-    yield Blob(
-        Tissue.FAT, (side + u(-5, 5), 0.75 * back, -10), (u(22, 36), u(18, 30), 1e3), u(-0.5, 0.5)
-    )
+    yield Blob(Tissue.FAT, (side + u(-5, 5), 0.75 * back, -10), (u(22, 36), u(18, 30), 1e3), u(-0.5, 0.5))
     yield Blob(Tissue.MUSCLE, (side - 8, back + 18, 0), (u(34, 46), u(22, 30), 1e3))
     yield Blob(Tissue.BONE, (side - 4, back + 8, 0), (u(15, 20), u(13, 17), 1e3))
     yield Blob(Tissue.CORD, (side - 4, back + 30, 0), (u(6, 9), u(5, 7), 1e3))
@@ -402,9 +387,7 @@ def _draw_appearance(rng: np.random.Generator) -> dict:
     ):
         texture[tissue] = relative * contrast[tissue]
     direction, strength = u(0, 2 * np.pi), u(0.1, 0.75)
-    bias = np.array(
-        [strength * np.cos(direction), strength * np.sin(direction), *rng.normal(0, 0.15, 3)]
-    )
+    bias = np.array([strength * np.cos(direction), strength * np.sin(direction), *rng.normal(0, 0.15, 3)])
     return dict(
         contrast=contrast,
         texture=texture,
@@ -420,9 +403,7 @@ def _draw_appearance(rng: np.random.Generator) -> dict:
 # -------------------------------------------------------------------------------------- rasterising
 
 
-def rasterise(
-    anatomy: Anatomy, subsamples: tuple[int, int, int] = SUBSAMPLES
-) -> dict[str, np.ndarray]:
+def rasterise(anatomy: Anatomy, subsamples: tuple[int, int, int] = SUBSAMPLES) -> dict[str, np.ndarray]:
     """Tissue at every sub-voxel of the patient's grid, in both phases; only the heart differs.
 
     Returns:
@@ -432,9 +413,7 @@ def rasterise(
     sz, sx, sy = subsamples
     columns, rows, slices = anatomy.shape
     dx, dy, dz = anatomy.spacing
-    across = ((np.arange(columns * sx) + 0.5) / sx - columns / 2).astype(np.float32) * np.float32(
-        dx
-    )
+    across = ((np.arange(columns * sx) + 0.5) / sx - columns / 2).astype(np.float32) * np.float32(dx)
     down = ((np.arange(rows * sy) + 0.5) / sy - rows / 2).astype(np.float32) * np.float32(dy)
     within = ((np.arange(sz) + 0.5) / sz - 0.5) * dz
     cos, sin = np.float32(np.cos(anatomy.rotation)), np.float32(np.sin(anatomy.rotation))
@@ -554,9 +533,7 @@ def _paint_heart(
 
     # radii in this plane: above the base those of the base, 0 beyond the apex
     endo = heart.endo_radius * _taper(z - heart.base, heart.endo_length, anatomy.profile)
-    epi = (heart.endo_radius + heart.wall) * _taper(
-        z - heart.base, heart.epi_length, anatomy.profile
-    )
+    epi = (heart.endo_radius + heart.wall) * _taper(z - heart.base, heart.epi_length, anatomy.profile)
     rv = _taper(z - heart.rv_base, heart.rv_length, anatomy.profile) if z >= heart.rv_base else 0.0
     width = heart.rv_width * rv
     has_lv, has_rv = z >= heart.base and epi > 0, width > 2
@@ -578,12 +555,8 @@ def _paint_heart(
     window = _near(Blob(Tissue.FAT, (*(0.5 * width * towards_rv), z), (extent, extent, 1)), x, y)
     tissue, x, y = tissue[window], x[window], y[window]
     distance = np.hypot(x, y)
-    bin_of = ((np.arctan2(y, x) + np.float32(np.pi)) * np.float32(ANGLES / (2 * np.pi))).astype(
-        np.int32
-    ) % ANGLES
-    endo_edge, epi_edge, pad = (
-        table.astype(np.float32)[bin_of] for table in (endo_edge, epi_edge, pad)
-    )
+    bin_of = ((np.arctan2(y, x) + np.float32(np.pi)) * np.float32(ANGLES / (2 * np.pi))).astype(np.int32) % ANGLES
+    endo_edge, epi_edge, pad = (table.astype(np.float32)[bin_of] for table in (endo_edge, epi_edge, pad))
 
     outside = distance > epi_edge
     if has_lv:
@@ -595,9 +568,7 @@ def _paint_heart(
         tangential = min(anatomy.rv_span * full, 2.2 * radial) * (0.55 + 0.45 * rv)
         cos, sin = towards_rv.astype(np.float32)
         along, beside = cos * x + sin * y, cos * y - sin * x
-        along += np.float32(radial - full - width) + np.float32(
-            0.5 * anatomy.rv_skew / full
-        ) * beside * np.abs(beside)
+        along += np.float32(radial - full - width) + np.float32(0.5 * anatomy.rv_skew / full) * beside * np.abs(beside)
         reach = np.hypot(along * np.float32(1 / radial), beside * np.float32(1 / tangential))
         depth = (1 - reach) * np.float32(0.5 * (radial + tangential))
         tissue[(depth > -3 - pad) & outside] = Tissue.PERICARDIAL_FAT
@@ -655,10 +626,7 @@ def to_mr(rng: np.random.Generator, anatomy: Anatomy, tissue: np.ndarray) -> np.
 
     x, y = (np.linspace(-1, 1, n, dtype=np.float32) for n in shape[:2])
     x, y = x[:, None, None], y[None, :, None]
-    gain = sum(
-        c * t
-        for c, t in zip(anatomy.bias.astype(np.float32), (x, y, x * x, y * y, x * y), strict=True)
-    )
+    gain = sum(c * t for c, t in zip(anatomy.bias.astype(np.float32), (x, y, x * x, y * y, x * y), strict=True))
     image *= np.exp(gain) * (1 + 0.05 * rng.standard_normal((1, 1, shape[2]), np.float32))
     axis, strength, shift = anatomy.ghost
     image += np.float32(strength) * np.roll(image, shift, axis)
@@ -667,9 +635,7 @@ def to_mr(rng: np.random.Generator, anatomy: Anatomy, tissue: np.ndarray) -> np.
     imaginary = np.float32(anatomy.noise) * rng.standard_normal(shape, np.float32)
     magnitude = np.hypot(real, imaginary) ** np.float32(anatomy.gamma)
     if anatomy.dtype == "float32":  # as in ACDC: such files hold 0..255
-        return np.round(np.minimum(255 * magnitude / np.percentile(magnitude, 99.7), 255)).astype(
-            np.float32
-        )
+        return np.round(np.minimum(255 * magnitude / np.percentile(magnitude, 99.7), 255)).astype(np.float32)
     return np.round(np.minimum(anatomy.scale * magnitude, 32767)).astype(np.int16)
 
 
@@ -702,14 +668,10 @@ def _write_nifti(path: Path, array: np.ndarray, spacing: tuple[float, float, flo
     image.set_sform(image.affine, code="aligned")
     image.set_qform(image.affine, code="aligned")
     image.header.set_xyzt_units("mm")
-    path.write_bytes(
-        gzip.compress(image.to_bytes(), compresslevel=5, mtime=0)
-    )  # no date: same bytes every time
+    path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=5, mtime=0))  # no date: same bytes every time
 
 
-def generate(
-    output: Path, patients: int = 40, val: int = 6, test: int = 10, seed: int = 0, workers: int = 1
-) -> bool:
+def generate(output: Path, patients: int = 40, val: int = 6, test: int = 10, seed: int = 0, workers: int = 1) -> bool:
     """Writes a data set of `patients` training, `val` and `test` patients to `output`.
 
     Built in a temporary folder beside `output` and renamed at the end, so that `output` is whole or
@@ -736,9 +698,7 @@ def generate(
     if seed < 0:
         raise ValueError(f"seed={seed} is negative: give 0 or more")
     if (total := sum(counts.values())) > 999:
-        raise ValueError(
-            f"{total} patients in all, but ids have three digits: ask for 999 or fewer"
-        )
+        raise ValueError(f"{total} patients in all, but ids have three digits: ask for 999 or fewer")
 
     wanted = {"version": VERSION, "patients": patients, "val": val, "test": test, "seed": seed}
     record = output / "phantom.json"
@@ -747,14 +707,9 @@ def generate(
         if found == wanted:
             print(f"{output} already holds these phantoms; left as it is.")
             return False
-        raise FileExistsError(
-            f"{output} was made with {found}, not {wanted}: "
-            "choose another folder or delete this one"
-        )
+        raise FileExistsError(f"{output} was made with {found}, not {wanted}: choose another folder or delete this one")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(
-            f"{output} exists and is not a phantom data set: choose another folder"
-        )
+        raise FileExistsError(f"{output} exists and is not a phantom data set: choose another folder")
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
@@ -795,19 +750,13 @@ def _write_all(root: Path, seed: int, total: int, workers: int) -> Iterator[str]
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line; exits with status 1 and one line on an error."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.phantom", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder to write; must not hold anything else"
-    )
+    parser = argparse.ArgumentParser(prog="python -m data_prep.phantom", description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not hold anything else")
     parser.add_argument("--patients", type=int, default=40, help="training patients (default 40)")
     parser.add_argument("--val", type=int, default=6, help="validation patients (default 6)")
     parser.add_argument("--test", type=int, default=10, help="test patients (default 10)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default 0)")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"
-    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     options = parser.parse_args(arguments)
     try:
         generate(**vars(options))

@@ -68,9 +68,7 @@ def random_coordinates(
     """
     rank = len(patch)
     if not len(shape) == len(flip) == rank:
-        raise ValueError(
-            f"shape {shape}, patch {patch} and flip {flip} must have one entry for each axis"
-        )
+        raise ValueError(f"shape {shape}, patch {patch} and flip {flip} must have one entry for each axis")
     key_scalars, key_shift, key_field = jax.random.split(key, 3)
     size = jnp.asarray(patch, jnp.float32)
     extent = jnp.asarray(extent, jnp.float32)
@@ -95,9 +93,7 @@ def random_coordinates(
     matrix = matrix / zoom * jnp.where(flipped, -1.0, 1.0)
 
     # Sums of broadcast products and not a matmul, which some devices round to TF32 or bfloat16.
-    offsets = jnp.meshgrid(
-        *(jnp.arange(n, dtype=jnp.float32) - (n - 1) / 2 for n in patch), indexing="ij", sparse=True
-    )
+    offsets = jnp.meshgrid(*(jnp.arange(n, dtype=jnp.float32) - (n - 1) / 2 for n in patch), indexing="ij", sparse=True)
     moved = [sum(matrix[a, b] * offsets[b] for b in range(rank)) + centre[a] for a in range(rank)]
     bend = _smooth_field(key_field, patch, (ELASTIC_SPACING,) * rank, rank)
     return jnp.stack(moved, axis=-1) + bend * jnp.asarray(elastic, jnp.float32)
@@ -156,9 +152,7 @@ def resample_labels(labels: jax.Array, coords: jax.Array) -> jax.Array:
     return jnp.where(_within(coords, 0.0, limit), value, 0).astype(labels.dtype)
 
 
-def normalised_position(
-    coords: jax.Array, shape: tuple[int, ...], extent: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def normalised_position(coords: jax.Array, shape: tuple[int, ...], extent: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Where coordinates lie in the image: 0 at its first edge, 1 at its last, for each axis.
 
     Args:
@@ -176,9 +170,7 @@ def normalised_position(
     return position, _within(coords, lead, lead + extent - 1.0)
 
 
-def weak_intensity(
-    key: jax.Array, image: jax.Array, *, contrast: float, brightness: float, gamma: float
-) -> jax.Array:
+def weak_intensity(key: jax.Array, image: jax.Array, *, contrast: float, brightness: float, gamma: float) -> jax.Array:
     """Mild intensity changes, drawn for each channel; the identity when all strengths are 0.
 
     Args:
@@ -265,10 +257,7 @@ def gaussian_blur(image: jax.Array, sigma: jax.Array) -> jax.Array:
         size = image.shape[axis]
         margin = [(BLUR_RADIUS, BLUR_RADIUS) if a == axis else (0, 0) for a in range(image.ndim)]
         padded = jnp.pad(image, margin, mode="edge")
-        image = sum(
-            weights[i] * jax.lax.slice_in_dim(padded, i, i + size, axis=axis)
-            for i in range(len(taps))
-        )
+        image = sum(weights[i] * jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(len(taps)))
     return image
 
 
@@ -336,9 +325,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.normal(key, (math.prod(shape),)).reshape(shape)
 
 
-def _smooth_field(
-    key: jax.Array, patch: tuple[int, ...], spacing: tuple[float, ...], channels: int
-) -> jax.Array:
+def _smooth_field(key: jax.Array, patch: tuple[int, ...], spacing: tuple[float, ...], channels: int) -> jax.Array:
     """(*patch, channels) Gaussian field of mean 0 and sd 1: a cubic B-spline of independent nodes.
 
     `spacing` is the distance between nodes in pixels, for each axis. The matrices that take nodes
@@ -356,7 +343,5 @@ def _spline_basis(size: int, spacing: float) -> np.ndarray:
     """(size, nodes) cubic B-spline weights, of unit norm for each pixel to keep variance 1."""
     nodes = math.ceil((size - 1) / spacing) + 3
     distance = np.abs(np.arange(size)[:, None] / spacing - (np.arange(nodes)[None] - 1))
-    weights = np.where(
-        distance < 1, 2 / 3 - distance**2 + distance**3 / 2, np.maximum(2 - distance, 0) ** 3 / 6
-    )
+    weights = np.where(distance < 1, 2 / 3 - distance**2 + distance**3 / 2, np.maximum(2 - distance, 0) ** 3 / 6)
     return (weights / np.linalg.norm(weights, axis=1, keepdims=True)).astype(np.float32)

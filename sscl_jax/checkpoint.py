@@ -122,13 +122,9 @@ def _shapes(tree: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def _check_shapes(saved: dict[str, list[int]], wanted: dict[str, list[int]], path: Path) -> None:
-    names = sorted(
-        name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name)
-    )
+    names = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
     if names:
-        lines = [
-            f"{n}: saved {saved.get(n, 'absent')}, wanted {wanted.get(n, 'absent')}" for n in names
-        ]
+        lines = [f"{n}: saved {saved.get(n, 'absent')}, wanted {wanted.get(n, 'absent')}" for n in names]
         more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
         raise ValueError(
             f"{path} is of another network or label set than the config asks for. {'; '.join(lines[:5])}{more}. "

@@ -25,9 +25,7 @@ def read_cases(workdir: Path, split: str, network: str) -> dict[tuple[str, str],
     """
     path = workdir / f"{split}_cases.csv"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such table; let the training end, or choose another --split."
-        )
+        raise FileNotFoundError(f"{path}: no such table; let the training end, or choose another --split.")
     with open(path, newline="", encoding="utf-8") as file:
         return {
             (row["case"], row["class"]): {name: float(row[name]) for name in ("dice", "hd95_mm")}
@@ -39,11 +37,7 @@ def read_cases(workdir: Path, split: str, network: str) -> dict[tuple[str, str],
 def class_mean(rows: dict[tuple[str, str], dict[str, float]], name: str) -> float:
     """Mean over classes of the mean over the class's cases."""
     classes = sorted({c for _, c in rows})
-    return float(
-        np.mean(
-            [np.mean([row[name] for (_, c), row in rows.items() if c == each]) for each in classes]
-        )
-    )
+    return float(np.mean([np.mean([row[name] for (_, c), row in rows.items() if c == each]) for each in classes]))
 
 
 def paired(a: dict, b: dict) -> tuple[float, float, int, float]:
@@ -75,14 +69,9 @@ def compare(workdirs: Sequence[Path], split: str, network: str) -> str:
     for workdir, rows in zip(workdirs, runs, strict=True):
         config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
         cells = [100 * class_mean(rows, "dice")]
-        cells += [
-            100 * np.mean([row["dice"] for (_, c), row in rows.items() if c == each])
-            for each in classes
-        ]
+        cells += [100 * np.mean([row["dice"] for (_, c), row in rows.items() if c == each]) for each in classes]
         cells.append(class_mean(rows, "hd95_mm"))
-        text = "  ".join(
-            f"{cell:{max(10, len(h))}.2f}" for cell, h in zip(cells, header, strict=False)
-        )
+        text = "  ".join(f"{cell:{max(10, len(h))}.2f}" for cell, h in zip(cells, header, strict=False))
         if rows is not runs[0]:
             mean, std, n, p = paired(runs[0], rows)
             text += f"  {100 * mean:+.2f} ± {100 * std:.2f}, n = {n}, p = {p:.2g}"
@@ -95,16 +84,10 @@ def compare(workdirs: Sequence[Path], split: str, network: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m sscl_jax.compare`."""
-    parser = argparse.ArgumentParser(
-        prog="sscl_jax.compare", description="Puts trainings side by side."
-    )
-    parser.add_argument(
-        "workdirs", nargs="+", type=Path, help="--workdir of two or more trainings that have ended"
-    )
+    parser = argparse.ArgumentParser(prog="sscl_jax.compare", description="Puts trainings side by side.")
+    parser.add_argument("workdirs", nargs="+", type=Path, help="--workdir of two or more trainings that have ended")
     parser.add_argument("--split", default="val", choices=["val", "test"], help="default: val")
-    parser.add_argument(
-        "--network", default="teacher", choices=["teacher", "student"], help="default: teacher"
-    )
+    parser.add_argument("--network", default="teacher", choices=["teacher", "student"], help="default: teacher")
     args = parser.parse_args(argv)
     try:
         print(compare(args.workdirs, args.split, args.network))

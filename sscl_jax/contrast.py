@@ -101,9 +101,7 @@ class Drawn(NamedTuple):
     valid: jax.Array
 
 
-def _draw(
-    keys: jax.Array, pixels: Pixels, group: jax.Array, eligible: jax.Array, **counts
-) -> Drawn:
+def _draw(keys: jax.Array, pixels: Pixels, group: jax.Array, eligible: jax.Array, **counts) -> Drawn:
     """Draws from each image with its own key, so that the split over devices changes nothing."""
     index, valid = jax.vmap(lambda k, g, e: sample_pixels(k, g, e, **counts))(keys, group, eligible)
     batch = index.shape[0]
@@ -114,9 +112,7 @@ def _draw(
     return Drawn(*(x.reshape(-1) for x in (image, index, *taken, valid)))
 
 
-def anatomical_draw(
-    keys: jax.Array, pixels: Pixels, *, num_classes: int, count: int, threshold: float
-) -> Drawn:
+def anatomical_draw(keys: jax.Array, pixels: Pixels, *, num_classes: int, count: int, threshold: float) -> Drawn:
     """Anatomical-aware: up to `count` confident pixels of each class from each image."""
     eligible = pixels.inside & (pixels.confidence >= threshold)
     return _draw(keys, pixels, pixels.anatomy, eligible, num_groups=num_classes, count=count)
@@ -127,9 +123,7 @@ def region_draw(keys: jax.Array, pixels: Pixels, *, num_cells: int, count: int) 
     return _draw(keys, pixels, pixels.cell, pixels.inside, num_groups=num_cells, count=count)
 
 
-def anatomical_pairs(
-    queries: Drawn, keys: Drawn, num_means: int = 0
-) -> tuple[jax.Array, jax.Array]:
+def anatomical_pairs(queries: Drawn, keys: Drawn, num_means: int = 0) -> tuple[jax.Array, jax.Array]:
     """Positive and negative masks (Q, K): same class, other class.
 
     With `num_means` > 0 the first keys are the class means of `with_class_means`, and the only positives.

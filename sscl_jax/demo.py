@@ -16,9 +16,7 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the commands one after the other; stops at the first that fails, with its exit status."""
     parser = argparse.ArgumentParser(prog="sscl_jax.demo", description=__doc__)
-    parser.add_argument(
-        "--workdir", default="runs/demo", help="folder for data and trainings (default runs/demo)"
-    )
+    parser.add_argument("--workdir", default="runs/demo", help="folder for data and trainings (default runs/demo)")
     workdir = parser.parse_args(argv).workdir
     commands = [
         ["-m", "data_prep.phantom", f"--output={workdir}/scans"],
@@ -36,9 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "-m", "sscl_jax.main", f"--config=configs/phantom.py:{method}", f"--workdir={workdir}/{method}",
             f"--config.data.path={workdir}/prepared",
         ])  # fmt: skip
-    commands.append(
-        ["-m", "sscl_jax.compare", *(f"{workdir}/{m}" for m in methods), "--split=test"]
-    )
+    commands.append(["-m", "sscl_jax.compare", *(f"{workdir}/{m}" for m in methods), "--split=test"])
     for command in commands:
         print(f"\n$ python {shlex.join(command)}", flush=True)
         if status := subprocess.run([sys.executable, *command]).returncode:

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from sscl_jax import metrics
-from sscl_jax.data import nifti, recipe as recipes
+from sscl_jax.data import nifti
+from sscl_jax.data import recipe as recipes
 from sscl_jax.data.prepared import Case, PreparedDataset, open_prepared
 from sscl_jax.models import UNet
 
@@ -40,9 +41,7 @@ def gaussian_window(patch: Sequence[int]) -> np.ndarray:
     return np.maximum(weights, 1e-3).astype(np.float32)
 
 
-def make_predictor(
-    model: UNet, patch: tuple[int, ...], overlap: float = 0.5, batch: int = 8
-) -> Predictor:
+def make_predictor(model: UNet, patch: tuple[int, ...], overlap: float = 0.5, batch: int = 8) -> Predictor:
     """Builds `predict(variables, image) -> probabilities`, by a sliding window of the size trained on.
 
     The window keeps normalisation statistics as they were in training, and one compiled shape serves every volume.
@@ -71,21 +70,15 @@ def make_predictor(
         after = [max(0, p - n) - b for p, n, b in zip(window, shape, before, strict=True)]
         pads = [*zip(before, after, strict=True), (0, 0)]
         image = np.pad(image, pads, constant_values=image.min())
-        starts = [
-            window_starts(n, p, overlap if p > 1 else 0.0)
-            for n, p in zip(image.shape[:3], window, strict=True)
-        ]
+        starts = [window_starts(n, p, overlap if p > 1 else 0.0) for n, p in zip(image.shape[:3], window, strict=True)]
         total = np.zeros((*image.shape[:3], model.num_classes), np.float32)
         norm = np.zeros((*image.shape[:3], 1), np.float32)
         places = [
-            tuple(slice(s, s + p) for s, p in zip(corner, window, strict=True))
-            for corner in itertools.product(*starts)
+            tuple(slice(s, s + p) for s, p in zip(corner, window, strict=True)) for corner in itertools.product(*starts)
         ]
         for first in range(0, len(places), batch):
             chosen = places[first : first + batch]
-            windows = np.stack([image[place] for place in chosen]).reshape(
-                -1, *patch, image.shape[-1]
-            )
+            windows = np.stack([image[place] for place in chosen]).reshape(-1, *patch, image.shape[-1])
             # A full batch always: a shorter last one would be compiled anew.
             windows = np.pad(windows, [(0, batch - len(chosen))] + [(0, 0)] * (rank + 1))
             probs = np.asarray(forward(variables, windows))
@@ -130,9 +123,7 @@ def evaluate_cases(
     """Segments and measures cases that have a label."""
     results = []
     for case in cases:
-        prediction = segment(
-            predict, variables, dataset.image(case.index), case.grid, dataset.recipe
-        )
+        prediction = segment(predict, variables, dataset.image(case.index), case.grid, dataset.recipe)
         measured = metrics.case_metrics(
             prediction,
             dataset.native_label(case.index),
@@ -176,14 +167,10 @@ def mask_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Pat
     def masks(folder: Path) -> dict[str, Path]:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder.")
-        files = sorted(
-            p for p in folder.rglob("*") if p.name.endswith((".nii", ".nii.gz")) and p.is_file()
-        )
+        files = sorted(p for p in folder.rglob("*") if p.name.endswith((".nii", ".nii.gz")) and p.is_file())
         if not files:
             raise FileNotFoundError(f"{folder}: no .nii or .nii.gz file there.")
-        return {
-            str(p.relative_to(folder)).removesuffix(".gz").removesuffix(".nii"): p for p in files
-        }
+        return {str(p.relative_to(folder)).removesuffix(".gz").removesuffix(".nii"): p for p in files}
 
     predicted, found = masks(predictions), masks(references)
     pairs, used = [], set()
@@ -192,28 +179,18 @@ def mask_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Pat
         for suffix in ("_gt", "_label", "_seg"):
             stem = stem.removesuffix(suffix)
         partner = name if name in predicted else stem
-        if (
-            stem == name
-            and name not in predicted
-            and any(f"{name}{s}" in found for s in ("_gt", "_label", "_seg"))
-        ):
+        if stem == name and name not in predicted and any(f"{name}{s}" in found for s in ("_gt", "_label", "_seg")):
             continue  # the scan itself, beside its reference
         if partner not in predicted:
-            raise FileNotFoundError(
-                f"{path}: {predictions} has no prediction {partner}.nii.gz for it."
-            )
+            raise FileNotFoundError(f"{path}: {predictions} has no prediction {partner}.nii.gz for it.")
         pairs.append((partner, predicted[partner], path))
         used.add(partner)
     if extra := sorted(predicted.keys() - used):
-        raise FileNotFoundError(
-            f"{predicted[extra[0]]}: {references} has no reference for it ({len(extra)} such)."
-        )
+        raise FileNotFoundError(f"{predicted[extra[0]]}: {references} has no reference for it ({len(extra)} such).")
     return pairs
 
 
-def evaluate_folders(
-    predictions: Path, references: Path
-) -> tuple[list[str], list[str], list[metrics.CaseMetrics]]:
+def evaluate_folders(predictions: Path, references: Path) -> tuple[list[str], list[str], list[metrics.CaseMetrics]]:
     """Measures masks against reference masks on disk.
 
     Returns:
@@ -237,9 +214,7 @@ def evaluate_folders(
         if p.shape != r.shape:
             raise ValueError(f"{predicted}: shape {p.shape}, but {reference} has {r.shape}.")
         if not np.allclose(p_affine, r_affine, atol=1e-3):
-            raise ValueError(
-                f"{predicted}: its affine is not that of {reference}: they are not the same grid."
-            )
+            raise ValueError(f"{predicted}: its affine is not that of {reference}: they are not the same grid.")
         spacing = tuple(np.linalg.norm(r_affine[:3, :3], axis=0))
         p, r = (recipes.map_labels(array, ordered) for array in (p, r))
         results.append(metrics.case_metrics(p, r, len(ordered), spacing))
@@ -262,12 +237,8 @@ def evaluate_split(network, split: str, data: str | None) -> tuple[list[CaseResu
     if not cases:
         raise ValueError(f"{dataset.name}: no case with a label in the {split} split.")
     config = network.config
-    predict = make_predictor(
-        network.model, tuple(config.data.patch_size), config.eval.final_overlap
-    )
-    title = (
-        f"{split}, {network.name}, step {network.path.name} ({config.method}, seed {config.seed})"
-    )
+    predict = make_predictor(network.model, tuple(config.data.patch_size), config.eval.final_overlap)
+    title = f"{split}, {network.name}, step {network.path.name} ({config.method}, seed {config.seed})"
     return evaluate_cases(predict, network.variables, dataset, cases), title
 
 
@@ -275,21 +246,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `sscl-evaluate`."""
     from sscl_jax import experiment  # imported here, since training imports this file
 
-    parser = argparse.ArgumentParser(
-        prog="sscl_jax.evaluate", description="Measures masks by case, in mm."
-    )
-    parser.add_argument(
-        "--checkpoint", help="--workdir of a training: measure its student and teacher"
-    )
-    parser.add_argument(
-        "--split", default="val", choices=["val", "test"], help="split to measure (default val)"
-    )
-    parser.add_argument(
-        "--kind", default="best", choices=["best", "last"], help="which checkpoint (default best)"
-    )
-    parser.add_argument(
-        "--data", help="the prepared dataset, where it is not at the config's data.path any more"
-    )
+    parser = argparse.ArgumentParser(prog="sscl_jax.evaluate", description="Measures masks by case, in mm.")
+    parser.add_argument("--checkpoint", help="--workdir of a training: measure its student and teacher")
+    parser.add_argument("--split", default="val", choices=["val", "test"], help="split to measure (default val)")
+    parser.add_argument("--kind", default="best", choices=["best", "last"], help="which checkpoint (default best)")
+    parser.add_argument("--data", help="the prepared dataset, where it is not at the config's data.path any more")
     parser.add_argument("--predictions", help="folder of masks: measure them against --references")
     parser.add_argument("--references", help="folder of reference masks; files pair by name")
     parser.add_argument("--csv", help="also write one row for each case and class to this file")
@@ -309,9 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(metrics.format_table(summary, classes[1:], title) + "\n")
                 rows += [(name, r.case.case_id, r.case.patient_id, r.metrics) for r in results]
         else:
-            names, classes, measured = evaluate_folders(
-                Path(args.predictions), Path(args.references)
-            )
+            names, classes, measured = evaluate_folders(Path(args.predictions), Path(args.references))
             title = f"{args.predictions} against {args.references}"
             print(metrics.format_table(metrics.summarise(measured), classes[1:], title))
             rows = [("predictions", name, "", m) for name, m in zip(names, measured, strict=True)]

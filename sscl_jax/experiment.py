@@ -85,9 +85,7 @@ def check_config(config: ConfigDict) -> None:
         "choose 'network' or 'encoder'",
     )
     require(0 <= config.teacher.decay < 1, "teacher.decay", "must lie in [0, 1)")
-    require(
-        config.eval.select in ("teacher", "student"), "eval.select", "choose 'teacher' or 'student'"
-    )
+    require(config.eval.select in ("teacher", "student"), "eval.select", "choose 'teacher' or 'student'")
     for field in ("overlap", "final_overlap"):
         require(0 <= config.eval[field] < 1, f"eval.{field}", "must lie in [0, 1)")
     require(config.model.norm in ("group", "batch"), "model.norm", "choose 'group' or 'batch'")
@@ -123,9 +121,7 @@ def make_model(config: ConfigDict, num_classes: int) -> UNet:
 def make_schedule(config: ConfigDict) -> optax.Schedule:
     """Learning rate by step: linear warm-up, then cosine to 0."""
     warmup = min(config.optimizer.warmup_steps, config.steps // 2)
-    return optax.warmup_cosine_decay_schedule(
-        0.0, config.optimizer.learning_rate, warmup, config.steps
-    )
+    return optax.warmup_cosine_decay_schedule(0.0, config.optimizer.learning_rate, warmup, config.steps)
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
@@ -139,17 +135,13 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 def make_state(config: ConfigDict, num_classes: int, channels: int) -> TrainState:
     """The state before the first step."""
     model = make_model(config, num_classes)
-    return create_train_state(
-        model, make_optimizer(config), config.seed, tuple(config.data.patch_size), channels
-    )
+    return create_train_state(model, make_optimizer(config), config.seed, tuple(config.data.patch_size), channels)
 
 
 def make_weights(config: ConfigDict) -> dict[str, Callable[[jax.Array], jax.Array] | None]:
     """Weight of each term of the loss by step; None for a term that is off."""
     return {
-        term: train_step.sigmoid_ramp(config[term].weight, config[term].ramp_steps)
-        if config[term].weight > 0
-        else None
+        term: train_step.sigmoid_ramp(config[term].weight, config[term].ramp_steps) if config[term].weight > 0 else None
         for term in ("contrast", "consistency", "pseudo_label")
     }
 
@@ -158,15 +150,9 @@ def make_step(config: ConfigDict, num_classes: int) -> Callable:
     """The training step, mapped over the devices."""
     augment, weights = config.augment, make_weights(config)
     views = train_step.Views(
-        geometry={
-            name: augment[name]
-            for name in ("rotate", "scale", "shear", "elastic", "flip", "spread")
-        },
+        geometry={name: augment[name] for name in ("rotate", "scale", "shear", "elastic", "flip", "spread")},
         weak={name: augment[f"weak_{name}"] for name in ("contrast", "brightness", "gamma")},
-        strong={
-            name: augment[name]
-            for name in ("contrast", "brightness", "gamma", "bias", "noise", "blur")
-        },
+        strong={name: augment[name] for name in ("contrast", "brightness", "gamma", "bias", "noise", "blur")},
         cutmix_area=tuple(augment.cutmix_area),
         cutmix_probability=augment.cutmix_probability,
     )
@@ -178,9 +164,7 @@ def make_step(config: ConfigDict, num_classes: int) -> Callable:
             seed=config.seed,
             patch=tuple(config.data.patch_size),
             views=views,
-            contrast_options=train_step.Contrast(
-                **{name: config.contrast[name] for name in fields}
-            ),
+            contrast_options=train_step.Contrast(**{name: config.contrast[name] for name in fields}),
             contrast_weight=weights["contrast"],
             consistency_weight=weights["consistency"],
             pseudo_label_weight=weights["pseudo_label"],
@@ -207,9 +191,7 @@ def flat_config(config: ConfigDict) -> dict[str, Any]:
     return flat
 
 
-def check_same_training(
-    config: ConfigDict, meta: dict[str, Any], fingerprint: str, workdir: Path
-) -> None:
+def check_same_training(config: ConfigDict, meta: dict[str, Any], fingerprint: str, workdir: Path) -> None:
     """Refuses to go on with a training that had another config or other data.
 
     Raises:
@@ -217,11 +199,7 @@ def check_same_training(
     """
     saved, wanted = flat_config(ConfigDict(meta["config"])), flat_config(config)
     names = [n for n in sorted(saved.keys() | wanted.keys()) if n not in FREE_FIELDS]
-    differences = [
-        f"{n} was {saved.get(n)!r}, is {wanted.get(n)!r}"
-        for n in names
-        if saved.get(n) != wanted.get(n)
-    ]
+    differences = [f"{n} was {saved.get(n)!r}, is {wanted.get(n)!r}" for n in names if saved.get(n) != wanted.get(n)]
     if meta["fingerprint"] != fingerprint:
         differences.append("the prepared data are others")
     if differences:
@@ -275,9 +253,7 @@ def load_network(workdir: Path, kind: str = "best", network: str = "teacher") ->
     """
     folder = Path(workdir) / "checkpoints"
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{workdir} holds no checkpoints: give the --workdir of a training."
-        )
+        raise FileNotFoundError(f"{workdir} holds no checkpoints: give the --workdir of a training.")
     kinds = [kind, "last"] if kind == "best" else [kind]
     for each in kinds:
         if not (folder / each).is_dir():
@@ -301,6 +277,4 @@ def load_network(workdir: Path, kind: str = "best", network: str = "teacher") ->
             checkpoints.folder / str(int(state.step)),
             network,
         )
-    raise FileNotFoundError(
-        f"{workdir} holds no checkpoint yet: train for longer, or give another --workdir."
-    )
+    raise FileNotFoundError(f"{workdir} holds no checkpoint yet: train for longer, or give another --workdir.")

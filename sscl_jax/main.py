@@ -14,16 +14,10 @@ from ml_collections import config_flags
 
 from sscl_jax import parallel
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, with the method behind a colon."
-)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with the method behind a colon.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs, tables and pictures.")
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "host:port of process 0, where jax cannot find it itself."
-)
-_NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", 0, "Number of processes, with --coordinator."
-)
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0, where jax cannot find it itself.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes, with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Number of this process, with --coordinator.")
 
 

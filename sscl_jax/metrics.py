@@ -182,8 +182,7 @@ def format_table(summary: Summary, class_names: Sequence[str], title: str) -> st
     def row(label: str, mean: list[float], std: list[float], n: int, flagged: int) -> list[str]:
         scales = (100.0, 100.0, 1.0, 1.0)
         cells = [
-            f"{m * scale:.2f} ± {s * scale:.2f}" if n else "n/a"
-            for m, s, scale in zip(mean, std, scales, strict=True)
+            f"{m * scale:.2f} ± {s * scale:.2f}" if n else "n/a" for m, s, scale in zip(mean, std, scales, strict=True)
         ]
         return [label, *cells, str(n), str(flagged)]
 
@@ -209,8 +208,7 @@ def format_table(summary: Summary, class_names: Sequence[str], title: str) -> st
 
     def line(cells: list[str]) -> str:
         first, *rest = (
-            cell.rjust(w) if i else cell.ljust(w)
-            for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
         )
         return "  ".join([first, *rest])
 
@@ -219,9 +217,7 @@ def format_table(summary: Summary, class_names: Sequence[str], title: str) -> st
     return "\n".join([title, note, line(header), rule, *map(line, rows), rule, line(overall)])
 
 
-def compactness_separability(
-    features: np.ndarray, labels: np.ndarray, num_classes: int
-) -> tuple[float, float]:
+def compactness_separability(features: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[float, float]:
     """How tight the classes are in feature space and how far apart; both on unit-norm features.
 
     With u the features divided by their norm and m_c the mean of u over class c:
@@ -267,16 +263,12 @@ def compactness_separability(
     return compactness, _mean_std(distances)[0]
 
 
-def _scores(
-    prediction: np.ndarray, reference: np.ndarray, spacing: np.ndarray
-) -> tuple[float, float, float, float]:
+def _scores(prediction: np.ndarray, reference: np.ndarray, spacing: np.ndarray) -> tuple[float, float, float, float]:
     """Dice, Jaccard, HD95 and ASSD (mm) of two masks, neither of them empty."""
     overlap = np.count_nonzero(prediction & reference)
     total = np.count_nonzero(prediction) + np.count_nonzero(reference)
     surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in (prediction, reference)]
-    to_prediction, to_reference = (
-        ndimage.distance_transform_edt(~surface, sampling=spacing) for surface in surfaces
-    )
+    to_prediction, to_reference = (ndimage.distance_transform_edt(~surface, sampling=spacing) for surface in surfaces)
     distances = np.concatenate([to_reference[surfaces[0]], to_prediction[surfaces[1]]])
     return (
         2.0 * overlap / total,

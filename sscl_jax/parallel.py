@@ -73,6 +73,4 @@ def parallel_step(
 
 def to_host(tree: Any) -> Any:
     """Copies a replicated tree to NumPy arrays on the host."""
-    return jax.tree.map(
-        lambda x: np.array(x.addressable_data(0) if isinstance(x, jax.Array) else x), tree
-    )
+    return jax.tree.map(lambda x: np.array(x.addressable_data(0) if isinstance(x, jax.Array) else x), tree)

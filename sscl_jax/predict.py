@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from sscl_jax import evaluate, experiment
-from sscl_jax.data import nifti, recipe as recipes
+from sscl_jax.data import nifti
+from sscl_jax.data import recipe as recipes
 
 
 def find_scans(path: Path) -> list[Path]:
@@ -25,17 +26,13 @@ def find_scans(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    found = sorted(
-        p for p in path.rglob("*") if p.name.endswith((".nii", ".nii.gz")) and p.is_file()
-    )
+    found = sorted(p for p in path.rglob("*") if p.name.endswith((".nii", ".nii.gz")) and p.is_file())
     if not found:
         raise FileNotFoundError(f"{path}: no .nii or .nii.gz file there.")
     return found
 
 
-def predict_file(
-    network: experiment.Network, predict: evaluate.Predictor, scan: Path, output: Path
-) -> None:
+def predict_file(network: experiment.Network, predict: evaluate.Predictor, scan: Path, output: Path) -> None:
     """Segments one scan; a 4-D scan of a one-channel network is segmented frame by frame.
 
     Args:
@@ -55,9 +52,7 @@ def predict_file(
     elif image.shape[-1] == channels:
         frames = [image]
     else:
-        raise ValueError(
-            f"{scan}: {image.shape[-1]} channels, but the network was trained on {channels}."
-        )
+        raise ValueError(f"{scan}: {image.shape[-1]} channels, but the network was trained on {channels}.")
     masks = []
     for frame in frames:
         prepared = recipes.prepare_image(frame, grid, network.recipe)
@@ -69,9 +64,7 @@ def predict_file(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `sscl-predict`."""
-    parser = argparse.ArgumentParser(
-        prog="sscl_jax.predict", description="Segments scans with a trained network."
-    )
+    parser = argparse.ArgumentParser(prog="sscl_jax.predict", description="Segments scans with a trained network.")
     parser.add_argument("--checkpoint", required=True, help="--workdir of a training")
     parser.add_argument(
         "--input",
@@ -80,12 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="a NIfTI file, or a folder of them (searched in depth)",
     )
     parser.add_argument("--output", required=True, type=Path, help="folder for the masks")
-    parser.add_argument(
-        "--network", default="teacher", choices=["teacher", "student"], help="default: teacher"
-    )
-    parser.add_argument(
-        "--kind", default="best", choices=["best", "last"], help="best on val (default), or last"
-    )
+    parser.add_argument("--network", default="teacher", choices=["teacher", "student"], help="default: teacher")
+    parser.add_argument("--kind", default="best", choices=["best", "last"], help="best on val (default), or last")
     parser.add_argument(
         "--overlap",
         type=float,
@@ -100,9 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         network = experiment.load_network(Path(args.checkpoint), args.kind, args.network)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    predict = evaluate.make_predictor(
-        network.model, tuple(network.config.data.patch_size), args.overlap
-    )
+    predict = evaluate.make_predictor(network.model, tuple(network.config.data.patch_size), args.overlap)
     print(f"{network.path}, {network.name}: {len(scans)} scan(s)")
     root = args.input if args.input.is_dir() else args.input.parent
     failed = 0
@@ -111,18 +98,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         target = args.output / scan.relative_to(root)
         try:
             if target.resolve() == scan.resolve():
-                raise ValueError(
-                    f"{scan}: the mask would replace the scan; choose another --output."
-                )
+                raise ValueError(f"{scan}: the mask would replace the scan; choose another --output.")
             predict_file(network, predict, scan, target)
             print(f"{target}  {time.monotonic() - start:.2f} s", flush=True)
         except (ValueError, OSError) as error:
             failed += 1
             print(f"error: {error}", file=sys.stderr, flush=True)
     if failed:
-        sys.exit(
-            f"error: {failed} of {len(scans)} scans could not be segmented; the reasons are above."
-        )
+        sys.exit(f"error: {failed} of {len(scans)} scans could not be segmented; the reasons are above.")
 
 
 if __name__ == "__main__":

@@ -35,9 +35,7 @@ def write_overlays(
     for old in folder.glob("*.png"):
         old.unlink()
     score = [np.nanmean(r.metrics.dice) if r.metrics.counted.any() else np.nan for r in results]
-    order = [
-        i for i in np.argsort(score)[::-1] if np.isfinite(score[i])
-    ]  # NaN: nothing to find, nothing found
+    order = [i for i in np.argsort(score)[::-1] if np.isfinite(score[i])]  # NaN: nothing to find, nothing found
     if not order:
         return []
     chosen = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
@@ -48,9 +46,7 @@ def write_overlays(
     return paths
 
 
-def _draw_case(
-    path: Path, result: CaseResult, dataset: PreparedDataset, slices: int, title: str
-) -> None:
+def _draw_case(path: Path, result: CaseResult, dataset: PreparedDataset, slices: int, title: str) -> None:
     case, recipe = result.case, dataset.recipe
     image = dataset.image(case.index)[..., 0]
     reference = dataset.label(case.index)
@@ -60,9 +56,7 @@ def _draw_case(
     shown = shown[np.unique(np.round(np.linspace(0, len(shown) - 1, slices)).astype(int))]
     box = _around(((reference > 0) | (prediction > 0)).any(0), margin=12)
 
-    figure, axes = plt.subplots(
-        1, len(shown), figsize=(2.6 * len(shown), 3.4), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(1, len(shown), figsize=(2.6 * len(shown), 3.4), squeeze=False, layout="constrained")
     low, high = np.percentile(image, (1, 99.5))
     for axis, z in zip(axes[0], shown, strict=True):
         axis.imshow(
@@ -77,31 +71,19 @@ def _draw_case(
             for mask, style in ((reference, "solid"), (prediction, "dashed")):
                 inside = (mask[z] == c)[box]
                 if inside.any() and not inside.all():
-                    axis.contour(
-                        inside, levels=[0.5], colors=[colour], linewidths=1.4, linestyles=style
-                    )
+                    axis.contour(inside, levels=[0.5], colors=[colour], linewidths=1.4, linestyles=style)
         axis.set_title(f"slice {z + 1}/{image.shape[0]}", fontsize=8)
         axis.set_axis_off()
     dice = ", ".join(
         f"{name} {d:.3f}"
-        for name, d, n in zip(
-            recipe.class_names[1:], result.metrics.dice, result.metrics.counted, strict=True
-        )
+        for name, d, n in zip(recipe.class_names[1:], result.metrics.dice, result.metrics.counted, strict=True)
         if n
     )
     spacing = " x ".join(f"{s:.2f}" for s in case.grid.native_spacing)
     figure.suptitle(f"{case.case_id}, {title}: Dice {dice}; voxels {spacing} mm", fontsize=9)
-    handles = [
-        Line2D([], [], color=COLOURS[i % len(COLOURS)], label=n)
-        for i, n in enumerate(recipe.class_names[1:])
-    ]
-    handles += [
-        Line2D([], [], color="gray", ls=s, label=n)
-        for s, n in (("-", "reference"), ("--", "prediction"))
-    ]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False
-    )
+    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=n) for i, n in enumerate(recipe.class_names[1:])]
+    handles += [Line2D([], [], color="gray", ls=s, label=n) for s, n in (("-", "reference"), ("--", "prediction"))]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -22,7 +22,6 @@ from sscl_jax import evaluate, experiment, metrics, parallel, report
 from sscl_jax.checkpoint import Checkpoints
 from sscl_jax.data.prepared import open_prepared
 from sscl_jax.data.sampling import Pool, Roles, assign_roles, canvas_shape, sample_order
-from sscl_jax.train_state import TrainState
 
 TERMS = (
     "loss",
@@ -133,10 +132,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
                 mark = time.monotonic()  # evaluation is not training time
             if at_log or row:
                 row |= {name: total / max(count, 1e-9) for name, (total, count) in pending.items()}
-                row |= {
-                    f"weight_{n}": float(w(jnp.asarray(step))) if w else 0.0
-                    for n, w in weights.items()
-                }
+                row |= {f"weight_{n}": float(w(jnp.asarray(step))) if w else 0.0 for n, w in weights.items()}
                 row |= {"step": done, "seconds": memory["seconds"], "images_per_s": speed}
                 row["learning_rate"] = float(schedule(step))
                 log.write(row, config.steps, images)
@@ -146,9 +142,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
             if caught:
                 log.close()
                 if main:
-                    print(
-                        f"stopped by {caught[0].name} at step {done}; saved. Run the same command to go on."
-                    )
+                    print(f"stopped by {caught[0].name} at step {done}; saved. Run the same command to go on.")
                 sys.exit(128 + caught[0])
     log.close()
     return _final_tables(config, workdir, dataset, roles, memory["seconds"])
@@ -196,9 +190,7 @@ class Batches:
                 yield step, batch
 
 
-def _read(
-    unread: list[tuple[int, Any]], pending: dict[str, tuple[float, float]], batches: Batches
-) -> None:
+def _read(unread: list[tuple[int, Any]], pending: dict[str, tuple[float, float]], batches: Batches) -> None:
     """Adds the metrics of past steps to `pending`, (sum, count) each, and empties `unread`."""
     for step, values in jax.device_get(unread):
         if not np.isfinite(values["loss"][0]) or not np.isfinite(values["grad_norm"][0]):
@@ -224,9 +216,7 @@ class Log:
         rows = []
         if self.path.exists():
             with open(self.path, newline="", encoding="utf-8") as file:
-                rows = [
-                    row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= start
-                ]
+                rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= start]
         temporary = self.path.with_suffix(".tmp")
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -247,9 +237,7 @@ class Log:
                 self.events.add_scalar(name, value, row["step"])
         left = (steps - row["step"]) * images / max(row["images_per_s"], 1e-9)
         parts = [f"step {row['step']}/{steps}"]
-        parts += [
-            f"{name} {row[name]:.3f}" for name in TERMS if name in row and name != "grad_norm"
-        ]
+        parts += [f"{name} {row[name]:.3f}" for name in TERMS if name in row and name != "grad_norm"]
         if "val_dice" in row:
             parts += [f"val Dice {row['val_dice']:.3f}"]
         parts += [f"{row['images_per_s']:.0f} images/s", f"{_duration(left)} left"]
@@ -269,9 +257,7 @@ class _caught_signals:
         self.before = {}
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
-                self.before[number] = signal.signal(
-                    number, lambda n, _: caught.append(signal.Signals(n))
-                )
+                self.before[number] = signal.signal(number, lambda n, _: caught.append(signal.Signals(n)))
             except ValueError:  # not the main thread, as in a notebook's worker
                 pass
         return caught
@@ -286,25 +272,17 @@ def _describe(config: ConfigDict, name: str, roles: Roles, start: int) -> None:
 
     def count(cases):
         patients = len({case.patient_id for case in cases})
-        return (
-            f"{patients} patients, {len(cases)} cases, {sum(c.grid.shape[0] for c in cases)} slices"
-        )
+        return f"{patients} patients, {len(cases)} cases, {sum(c.grid.shape[0] for c in cases)} slices"
 
     print(f"{name}: method {config.method}, {config.steps} steps, seed {config.seed}")
-    print(
-        f"  labelled    {count(roles.labeled)}: {', '.join(sorted({c.patient_id for c in roles.labeled}))}"
-    )
+    print(f"  labelled    {count(roles.labeled)}: {', '.join(sorted({c.patient_id for c in roles.labeled}))}")
     used = "" if experiment.uses_unlabeled(config) else " (not used by this method)"
     print(f"  unlabelled  {count(roles.unlabeled)}{used}")
     print(f"  val         {count(roles.val)}\n  test        {count(roles.test)}")
     if roles.left_out:
-        print(
-            f"  left out    {', '.join(c.case_id for c in roles.left_out)}: no label, but a labelled patient"
-        )
+        print(f"  left out    {', '.join(c.case_id for c in roles.left_out)}: no label, but a labelled patient")
     if not roles.val:
-        print(
-            "  no val cases: the last checkpoint will be used, and nothing is known of how good it is"
-        )
+        print("  no val cases: the last checkpoint will be used, and nothing is known of how good it is")
     kind = jax.devices()[0].device_kind
     print(f"  {jax.device_count()} device(s) ({kind}), {jax.process_count()} process(es)")
     if start:
@@ -317,27 +295,17 @@ def _final_tables(
     """Measures the best checkpoint (the last, without val cases) on val and, if asked for, test."""
     splits = {"val": roles.val} | ({"test": roles.test} if config.eval.test else {})
     model = experiment.make_model(config, dataset.num_classes)
-    predict = evaluate.make_predictor(
-        model, tuple(config.data.patch_size), config.eval.final_overlap
-    )
+    predict = evaluate.make_predictor(model, tuple(config.data.patch_size), config.eval.final_overlap)
     networks = [experiment.load_network(workdir, "best", name) for name in NETWORKS]
     summaries: dict[str, dict[str, metrics.Summary]] = {}
     for split, cases in splits.items():
         if not cases:
             continue
-        results = {
-            n.name: evaluate.evaluate_cases(predict, n.variables, dataset, cases) for n in networks
-        }
-        summaries[split] = {
-            name: metrics.summarise([r.metrics for r in rs]) for name, rs in results.items()
-        }
+        results = {n.name: evaluate.evaluate_cases(predict, n.variables, dataset, cases) for n in networks}
+        summaries[split] = {name: metrics.summarise([r.metrics for r in rs]) for name, rs in results.items()}
         if not parallel.is_main_process():
             continue
-        rows = [
-            (n, r.case.case_id, r.case.patient_id, r.metrics)
-            for n, rs in results.items()
-            for r in rs
-        ]
+        rows = [(n, r.case.case_id, r.case.patient_id, r.metrics) for n, rs in results.items() for r in rs]
         evaluate.write_case_table(workdir / f"{split}_cases.csv", rows, dataset.recipe.class_names)
         report.write_overlays(workdir / f"{split}_overlays", results[config.eval.select], dataset)
         for name, summary in summaries[split].items():
@@ -354,8 +322,4 @@ def _final_tables(
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60} h {minutes % 60:02d} min"
-        if minutes >= 60
-        else f"{minutes} min {rest:02d} s"
-    )
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"

@@ -113,9 +113,7 @@ def draw_views(
     image = example["image"]
     shape = image.shape[:-1]
     warp_key, weak_key, strong_key = jax.random.split(key, 3)
-    coords = augment.random_coordinates(
-        warp_key, shape=shape, extent=example["extent"], patch=patch, **views.geometry
-    )
+    coords = augment.random_coordinates(warp_key, shape=shape, extent=example["extent"], patch=patch, **views.geometry)
     warped = augment.resample(image, coords, jnp.min(image))
     position, inside = augment.normalised_position(coords, shape, example["extent"])
     low, high = example["depth"]
@@ -150,9 +148,7 @@ def average_pool(x: jax.Array, level: int, rank: int) -> jax.Array:
     return jnp.mean(x, axis=tuple(range(2, 2 + 2 * rank, 2)))
 
 
-def describe_pixels(
-    probs: jax.Array, views: dict[str, jax.Array], contrast_: Contrast
-) -> contrast.Pixels:
+def describe_pixels(probs: jax.Array, views: dict[str, jax.Array], contrast_: Contrast) -> contrast.Pixels:
     """What the samplers need to know, on the feature grid.
 
     Class probabilities are averaged over the block of pixels that a feature covers, so a block that straddles a
@@ -252,9 +248,7 @@ def make_train_step(
             )
         return contrast.region_draw(keys, pixels, num_cells=options.cells**2, count=count)
 
-    def contrast_loss(
-        student, teacher, query_features, key_features, query_pixels, key_pixels, keys
-    ):
+    def contrast_loss(student, teacher, query_features, key_features, query_pixels, key_pixels, keys):
         """This device's share of InfoNCE, its queries against the keys of all devices."""
         options = contrast_options
         query_keys, key_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
@@ -295,12 +289,8 @@ def make_train_step(
             weak = unlabeled["weak"]
             if contrast_weight:  # labelled pixels give keys too
                 weak = jnp.concatenate([labeled["weak"], weak])
-            teacher_logits, teacher_features = apply(
-                state.teacher, state.teacher_stats, weak, False
-            )
-            teacher_logits, teacher_features = jax.lax.stop_gradient(
-                (teacher_logits, teacher_features)
-            )
+            teacher_logits, teacher_features = apply(state.teacher, state.teacher_stats, weak, False)
+            teacher_logits, teacher_features = jax.lax.stop_gradient((teacher_logits, teacher_features))
             teacher_probs = jax.nn.softmax(teacher_logits[-unlabeled["weak"].shape[0] :])
 
             # 3. What the student is asked to find: views, targets and positions mixed alike.
@@ -339,8 +329,7 @@ def make_train_step(
                 true = jax.nn.one_hot(labeled["label"], num_classes)
                 where = ("plane", "depth", "inside")
                 query_views, key_views = (
-                    {n: jnp.concatenate([labeled[n], other[n]]) for n in where}
-                    for other in (mixed, unlabeled)
+                    {n: jnp.concatenate([labeled[n], other[n]]) for n in where} for other in (mixed, unlabeled)
                 )
                 query_probs = jnp.concatenate([true, mixed["probs"]])
                 key_probs = jnp.concatenate([true, teacher_probs])

@@ -33,9 +33,7 @@ CLEAR = QUIET | {"bias": 0.0, "noise": 0.0, "blur": 0.0}
 def batch_of_coords(keys, strengths, extent, *, shape, patch, flip):
     # The strengths are traced, so that tests which differ only in them share one compilation.
     return jax.vmap(
-        lambda key: augment.random_coordinates(
-            key, shape=shape, patch=patch, flip=flip, extent=extent, **strengths
-        )
+        lambda key: augment.random_coordinates(key, shape=shape, patch=patch, flip=flip, extent=extent, **strengths)
     )(keys)
 
 
@@ -86,9 +84,7 @@ def test_resample_equals_scipy(shape):
     ours = resample(jnp.asarray(image), jnp.asarray(points), -7.0)
     assert ours.shape == (len(points), 2)
     for channel in range(2):
-        sample = functools.partial(
-            ndimage.map_coordinates, image[..., channel], points.T.astype(np.float64), order=1
-        )
+        sample = functools.partial(ndimage.map_coordinates, image[..., channel], points.T.astype(np.float64), order=1)
         want = np.where(between, sample(mode="nearest"), sample(mode="constant", cval=-7.0))
         np.testing.assert_allclose(ours[:, channel], want, atol=2e-5)
 
@@ -172,9 +168,7 @@ def test_rotation_turns_the_last_two_axes(rank):
     matrices = np.stack([matrix_of(coords) for coords in drawn])
     np.testing.assert_allclose(drawn[(slice(None), *(4,) * rank)], 4.0, atol=1e-5)  # centre stays
     plane = matrices[:, -2:, -2:]
-    np.testing.assert_allclose(
-        plane @ plane.swapaxes(1, 2), np.eye(2)[None].repeat(200, 0), atol=1e-5
-    )
+    np.testing.assert_allclose(plane @ plane.swapaxes(1, 2), np.eye(2)[None].repeat(200, 0), atol=1e-5)
     np.testing.assert_allclose(np.linalg.det(plane), 1.0, atol=1e-5)
     angles = np.degrees(np.arctan2(plane[:, 1, 0], plane[:, 0, 0]))
     assert -30 <= angles.min() < -24 and 24 < angles.max() <= 30
@@ -253,15 +247,11 @@ def test_axis_counts_must_agree():
 @pytest.mark.parametrize(("shape", "extent"), [((12, 10), (7, 10)), ((6, 9, 8), (5, 4, 8))])
 def test_position_against_brute_force(shape, extent):
     points = random_points(shape, 1500, 2.0, seed=4)
-    position, inside = normalised_position(
-        jnp.asarray(points), shape, jnp.asarray(extent, jnp.float32)
-    )
+    position, inside = normalised_position(jnp.asarray(points), shape, jnp.asarray(extent, jnp.float32))
     painted = np.zeros(shape, np.int32)
     lead = [(n - e) // 2 for n, e in zip(shape, extent, strict=True)]
     painted[tuple(slice(s, s + e) for s, e in zip(lead, extent, strict=True))] = 1
-    for point, where, is_inside in zip(
-        points, np.asarray(position), np.asarray(inside), strict=True
-    ):
+    for point, where, is_inside in zip(points, np.asarray(position), np.asarray(inside), strict=True):
         nearest = np.floor(point + 0.5).astype(int)
         on_canvas = all(0 <= i < n for i, n in zip(nearest, shape, strict=True))
         assert is_inside == (on_canvas and painted[tuple(nearest)] == 1)
@@ -317,9 +307,7 @@ def test_contrast_brightness_and_gamma_by_their_definition(image):
     flat = np.asarray(image)
     centred = flat - flat.mean((0, 1))
     contrasted = draw_weak(image, contrast=1.0)
-    np.testing.assert_allclose(
-        contrasted.mean((1, 2)), flat.mean((0, 1))[None].repeat(400, 0), atol=1e-5
-    )
+    np.testing.assert_allclose(contrasted.mean((1, 2)), flat.mean((0, 1))[None].repeat(400, 0), atol=1e-5)
     factor = contrasted.std((1, 2)) / flat.std((0, 1))
     assert 0.5 - 1e-4 <= factor.min() < 0.53 and 1.9 < factor.max() <= 2 + 1e-4
     want = flat.mean((0, 1)) + factor[:, None, None] * centred
@@ -392,9 +380,7 @@ def test_blur_equals_scipy(shape):
 def strong_with(seed, value, strengths):
     names = ("contrast", "brightness", "gamma", "bias", "noise", "blur")
     image = value * jnp.ones((9, 8, 2)) * jnp.array([1.0, 0.0]) + jnp.array([0.0, 1.0])
-    strong = augment.strong_intensity(
-        jax.random.key(seed), image, **dict(zip(names, strengths, strict=True))
-    )
+    strong = augment.strong_intensity(jax.random.key(seed), image, **dict(zip(names, strengths, strict=True)))
     peak = image.at[0, 0].add(strengths[0])
     return strong, augment.weak_intensity(
         jax.random.key(seed), peak, **dict(zip(names[:3], strengths[:3], strict=True))

@@ -97,9 +97,7 @@ def test_acdc_takes_testing_patients_and_splits_that_come_along(acdc_folder, tmp
     base = acdc_folder / "database"
     (base / "testing").mkdir()
     (base / "training" / "patient001").rename(base / "testing" / "patient001")
-    (acdc_folder / "splits.json").write_text(
-        json.dumps({"train": ["patient002"], "test": ["patient001"]})
-    )
+    (acdc_folder / "splits.json").write_text(json.dumps({"train": ["patient002"], "test": ["patient001"]}))
     dataset = acdc.prepare(acdc_folder, tmp_path / "out")
     assert {case.patient_id: case.split for case in dataset.cases} == {
         "patient002": "train",
@@ -274,9 +272,7 @@ def test_masks_of_unlabelled_patients_may_be_deleted(any_folder, tmp_path):
 
 
 def test_draw_does_not_move_the_others():
-    scans = [
-        folder.Scan(f"c{n}", Path("i"), Path("l") if n % 3 else None, f"p{n}") for n in range(300)
-    ]
+    scans = [folder.Scan(f"c{n}", Path("i"), Path("l") if n % 3 else None, f"p{n}") for n in range(300)]
     whole, _ = folder.draw_splits(scans, 0.2, 0.1, 0)
     part, _ = folder.draw_splits(scans[50:], 0.2, 0.1, 0)
     for split in SPLITS:

@@ -153,9 +153,7 @@ def test_prediction_on_files(tmp_path, values):
     label = np.random.default_rng(2).choice(values, SHAPE).astype(np.int16)
     path = save(tmp_path / "label.nii.gz", label, oblique_affine())
     _, affine, header = read_image(path)
-    recipe = Recipe(
-        spacing=(None, None, None), label_values=values, class_names=tuple(map(str, values))
-    )
+    recipe = Recipe(spacing=(None, None, None), label_values=values, class_names=tuple(map(str, values)))
     array, label_affine = read_label(path)
     np.testing.assert_array_equal(label_affine, affine)
     grid = make_grid(array.shape, affine, recipe)
@@ -301,9 +299,7 @@ def test_flipped_bytes_in_gz_are_noticed(tmp_path):
             read_image(path)
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.integers(0, 351), value=st.integers(0, 255))
 def test_damaged_header_never_raises_anything_else(tmp_path, position, value):
     path = save(tmp_path / "a.nii", noise(shape=(6, 5, 4)))

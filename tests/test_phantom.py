@@ -30,10 +30,7 @@ def frames(folder: Path) -> dict[str, tuple[nib.Nifti1Image, nib.Nifti1Image]]:
     """Image and label of the frames that Info.cfg names ED and ES."""
     info = read_info(folder)
     return {
-        phase: tuple(
-            nib.load(folder / f"{folder.name}_frame{int(info[phase]):02d}{end}.nii.gz")
-            for end in ("", "_gt")
-        )
+        phase: tuple(nib.load(folder / f"{folder.name}_frame{int(info[phase]):02d}{end}.nii.gz") for end in ("", "_gt"))
         for phase in ("ED", "ES")
     }
 
@@ -57,10 +54,7 @@ def test_a_patient_depends_on_seed_and_number_alone(dataset: Path, tmp_path: Pat
 
 
 def test_seed_and_number_change_the_anatomy() -> None:
-    drawn = [
-        phantom.draw_patient(np.random.default_rng(key), "NOR")
-        for key in ([0, 1], [0, 1], [1, 1], [0, 2])
-    ]
+    drawn = [phantom.draw_patient(np.random.default_rng(key), "NOR") for key in ([0, 1], [0, 1], [1, 1], [0, 2])]
     assert drawn[0].contrast.tolist() == drawn[1].contrast.tolist()
     assert drawn[0].ventricles == drawn[1].ventricles
     assert len({one.rotation for one in drawn}) == 3

@@ -145,9 +145,7 @@ def test_same_files_give_the_same_dataset(tmp_path, dataset, sources):
 def test_fingerprint_depends_on_images_recipe_and_order(tmp_path, dataset, sources):
     swapped = {**PATIENTS, "train": ["p1", "p3"]}
     other = write_prepared(tmp_path / "b", sources, RECIPE, swapped, "toy")
-    coarse = Recipe(
-        label_values=(0, 10, 20), class_names=("background", "a", "b"), spacing=(None, 2.0, 2.0)
-    )
+    coarse = Recipe(label_values=(0, 10, 20), class_names=("background", "a", "b"), spacing=(None, 2.0, 2.0))
     third = write_prepared(tmp_path / "c", sources, coarse, PATIENTS, "toy")
     assert len({dataset.fingerprint, other.fingerprint, third.fingerprint}) == 3
 

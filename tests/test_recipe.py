@@ -45,9 +45,7 @@ def affine_of(sizes=SIZES, origin=ORIGIN):
 
 def stored_as(array, affine, codes):
     """The same physical object stored with other axes: (array, affine)."""
-    ornt = orientations.ornt_transform(
-        orientations.io_orientation(affine), orientations.axcodes2ornt(codes)
-    )
+    ornt = orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt(codes))
     stored = orientations.apply_orientation(array, ornt)
     return stored, affine @ orientations.inv_ornt_aff(ornt, array.shape)
 
@@ -118,9 +116,7 @@ def test_oblique_scan_comes_back(angles):
         rec = recipe(spacing=(None, None, None))
         grid = make_grid(stored.shape, oblique, rec)
         np.testing.assert_allclose(sorted(grid.spacing), sorted(SIZES))
-        np.testing.assert_array_equal(
-            back(prepare_label(stored, grid, rec), grid, rec), stored, err_msg=codes
-        )
+        np.testing.assert_array_equal(back(prepare_label(stored, grid, rec), grid, rec), stored, err_msg=codes)
 
 
 @pytest.mark.parametrize("spacing", [(None, 1.5, 1.5), (2.0, 0.5, 0.7), (2.5, 1.7, 1.0)])
@@ -133,9 +129,7 @@ def test_resampled_object_keeps_shape_and_place(spacing):
         again = back(prepare_label(stored, grid, rec), grid, rec)
         assert dice(again > 0, stored > 0) > 0.96
         assert dice(again == 4, stored == 4) > 0.93
-        before, after = (
-            apply_affine(affine, ndimage.center_of_mass(a > 0)) for a in (stored, again)
-        )
+        before, after = (apply_affine(affine, ndimage.center_of_mass(a > 0)) for a in (stored, again))
         assert np.linalg.norm(before - after) < 0.15  # mm
 
 
@@ -178,9 +172,7 @@ def test_resampling_equals_interpolation_in_world_space(codes):
     rec = recipe(spacing=(2.9, 1.3, 1.9), orientation="SPL")
     grid = make_grid(stored.shape, affine, rec)
     values = np.random.default_rng(3).random((*grid.shape, 2), np.float32)
-    origin, *ends = (
-        prepared_positions(grid, rec)[i] for i in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
-    )
+    origin, *ends = (prepared_positions(grid, rec)[i] for i in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)])
     prepared_affine = np.eye(4)
     prepared_affine[:3] = np.stack([*(end - origin for end in ends), origin], axis=1)
     native = np.moveaxis(np.indices(stored.shape), 0, -1)
@@ -258,9 +250,7 @@ def test_label_boundaries_between_2_and_4_never_make_another_class():
     label = np.full((10, 10, 10), 2)
     label[5:] = 4
     rec = recipe(spacing=(0.4, 0.4, 0.4))
-    assert np.unique(
-        prepare_label(label, make_grid(label.shape, np.eye(4), rec), rec)
-    ).tolist() == [
+    assert np.unique(prepare_label(label, make_grid(label.shape, np.eye(4), rec), rec)).tolist() == [
         2,
         3,
     ]
@@ -349,9 +339,7 @@ def test_non_finite_image_is_refused(value):
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=2, max_size=2), st.integers(0, 99)
-)
+@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=2, max_size=2), st.integers(0, 99))
 def test_two_values_never_give_nan(values, count):
     rec, grid = as_is()
     image = np.full(120, values[0], np.float32)

@@ -20,9 +20,7 @@ MAX_LABELS = 256
 _DEFLATE_RATIO = 1032
 
 
-def read_image(
-    path: str | Path, channels: bool = False
-) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header]:
+def read_image(path: str | Path, channels: bool = False) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header]:
     """Reads an image.
 
     Args:
@@ -94,24 +92,15 @@ def read_label(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     low, high = array.min(), array.max()
     if low < 0 or high >= 2**32:
         odd = array[(array < 0) | (array >= 2**32)]
-        raise ValueError(
-            f"{path}: labels must lie in 0..2^32-1, found {_some(odd)}; is this an image?"
-        )
+        raise ValueError(f"{path}: labels must lie in 0..2^32-1, found {_some(odd)}; is this an image?")
     array = array.astype(np.min_scalar_type(int(high)))
-    distinct = (
-        np.count_nonzero(np.bincount(array.ravel())) if high < 2**16 else np.unique(array).size
-    )
+    distinct = np.count_nonzero(np.bincount(array.ravel())) if high < 2**16 else np.unique(array).size
     if distinct > MAX_LABELS:
-        raise ValueError(
-            f"{path}: {distinct} distinct values, a label map has at most {MAX_LABELS}; is this an "
-            "image?"
-        )
+        raise ValueError(f"{path}: {distinct} distinct values, a label map has at most {MAX_LABELS}; is this an image?")
     return array, np.asarray(image.affine, np.float64)
 
 
-def write_mask(
-    path: str | Path, mask: np.ndarray, affine: np.ndarray, header: nib.Nifti1Header
-) -> None:
+def write_mask(path: str | Path, mask: np.ndarray, affine: np.ndarray, header: nib.Nifti1Header) -> None:
     """Writes a mask that overlays the image that `affine` and `header` come from.
 
     The header's geometry (qform, sform, their codes, units, voxel sizes) is kept bit for bit. The
@@ -206,15 +195,9 @@ def _load(path: str | Path, dtype: type | None) -> tuple[nib.Nifti1Image, np.nda
                     pass
             image = type(image).from_bytes(content)
         with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf, which callers refuse
-            array = (
-                np.asanyarray(image.dataobj)
-                if dtype is None
-                else image.get_fdata("unchanged", dtype)
-            )
+            array = np.asanyarray(image.dataobj) if dtype is None else image.get_fdata("unchanged", dtype)
     except Exception as error:
-        raise ValueError(
-            f"{path}: truncated or damaged ({_one_line(error)}); copy it again"
-        ) from error
+        raise ValueError(f"{path}: truncated or damaged ({_one_line(error)}); copy it again") from error
     return image, array.reshape(shape)
 
 

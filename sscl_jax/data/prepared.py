@@ -239,8 +239,7 @@ def _ordered(
         for patient in ids:
             if split_of.setdefault(patient, split) != split:
                 raise ValueError(
-                    f"patient {patient} is in two splits, {split_of[patient]} and {split}: "
-                    "leave it in one of them"
+                    f"patient {patient} is in two splits, {split_of[patient]} and {split}: leave it in one of them"
                 )
     if not sources:
         raise ValueError("there is no case to prepare: check the input folder and the splits")
@@ -255,17 +254,12 @@ def _ordered(
             raise ValueError(f"case {source.case_id} is listed twice: give every case its own name")
         seen.add(source.case_id)
     present = {source.patient_id for source in sources}
-    kept = {
-        split: [p for p in dict.fromkeys(patients.get(split, [])) if p in present]
-        for split in SPLITS
-    }
+    kept = {split: [p for p in dict.fromkeys(patients.get(split, [])) if p in present] for split in SPLITS}
     place = {patient: n for n, patient in enumerate(p for split in SPLITS for p in kept[split])}
     return sorted(sources, key=lambda s: (place[s.patient_id], s.case_id)), kept
 
 
-def _digest_inputs(
-    sources: list[CaseSource], recipe: dict, patients: dict[str, list[str]], source_name: str
-) -> str:
+def _digest_inputs(sources: list[CaseSource], recipe: dict, patients: dict[str, list[str]], source_name: str) -> str:
     """sha256 of the files' contents and of everything else that decides the result."""
 
     def digests(source: CaseSource) -> list[str | None]:
@@ -379,9 +373,7 @@ def _write_records(folder: Path, sources: list[CaseSource], recipe: Recipe, meta
         ),
         metadata=tfds.core.MetadataDict(metadata),
     )
-    writer = tfds.core.SequentialWriter(
-        info, max_examples_per_shard=CASES_PER_SHARD, file_format="array_record"
-    )
+    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=CASES_PER_SHARD, file_format="array_record")
     used = {source.split for source in sources}
     writer.initialize_splits([split for split in SPLITS if split in used])
     ids = [(s.case_id, s.patient_id, s.split) for s in sources]
@@ -482,8 +474,7 @@ def open_prepared(path: Path) -> PreparedDataset:
         )
     if metadata.get("format") != FORMAT or "fingerprint" not in metadata:
         raise ValueError(
-            f"{path} has format {metadata.get('format')}, this version reads {FORMAT}: "
-            "delete it and prepare again"
+            f"{path} has format {metadata.get('format')}, this version reads {FORMAT}: delete it and prepare again"
         )
     places = [path / "cache", _cache_elsewhere(metadata["inputs"])]
     for cache in places:
@@ -503,9 +494,7 @@ def open_prepared(path: Path) -> PreparedDataset:
         if index is not None:
             return PreparedDataset(path, metadata, cache, index)
         reason = OSError("it was changed while it was made")
-    raise ValueError(
-        f"{path}: no place for its cache ({reason}): make one of {places[0]}, {places[1]} writable"
-    )
+    raise ValueError(f"{path}: no place for its cache ({reason}): make one of {places[0]}, {places[1]} writable")
 
 
 def _read_metadata(path: Path) -> dict:
@@ -581,21 +570,15 @@ def _records(path: Path) -> Iterator[tuple[str, dict]]:
 
     try:
         builder = tfds.builder_from_directory(str(path))
-        lengths = {
-            s: builder.info.splits[s].num_examples for s in SPLITS if s in builder.info.splits
-        }
-        with tqdm(
-            desc="decoding", total=sum(lengths.values()), unit=" cases", disable=None
-        ) as progress:
+        lengths = {s: builder.info.splits[s].num_examples for s in SPLITS if s in builder.info.splits}
+        with tqdm(desc="decoding", total=sum(lengths.values()), unit=" cases", disable=None) as progress:
             for split, length in lengths.items():
                 source = builder.as_data_source(split)
                 for i in range(length):
                     yield split, source[i]
                     progress.update()
     except (OSError, RuntimeError, ValueError, IndexError) as error:
-        raise ValueError(
-            f"{path}: its records cannot be read ({error}): delete it and prepare again"
-        ) from error
+        raise ValueError(f"{path}: its records cannot be read ({error}): delete it and prepare again") from error
 
 
 def _append_case(files: dict, split: str, record: dict) -> dict:

@@ -60,38 +60,25 @@ class Recipe:
 
         axes = sorted("LR" if c in "LR" else "PA" if c in "PA" else c for c in self.orientation)
         if axes not in (["I", "LR", "PA"], ["LR", "PA", "S"]):
-            raise ValueError(
-                f"orientation must have one letter of each of LR, PA and SI, got {self.orientation}"
-            )
-        if len(self.spacing) != 3 or not all(
-            s is None or (math.isfinite(s) and s > 0) for s in self.spacing
-        ):
+            raise ValueError(f"orientation must have one letter of each of LR, PA and SI, got {self.orientation}")
+        if len(self.spacing) != 3 or not all(s is None or (math.isfinite(s) and s > 0) for s in self.spacing):
             raise ValueError(f"spacing must be three sizes in mm or None, got {self.spacing}")
         if self.intensity not in ("mr", "ct"):
             raise ValueError(f"intensity must be 'mr' or 'ct', got {self.intensity!r}")
         if len(self.percentiles) != 2 or not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
             raise ValueError(f"percentiles must rise within 0..100, got {self.percentiles}")
-        if (
-            len(self.window) != 2
-            or not all(map(math.isfinite, self.window))
-            or self.window[0] >= self.window[1]
-        ):
+        if len(self.window) != 2 or not all(map(math.isfinite, self.window)) or self.window[0] >= self.window[1]:
             raise ValueError(f"window must be two rising numbers, got {self.window}")
         values = self.label_values
         if not 2 <= len(values) <= _UNKNOWN or len(set(values)) < len(values) or min(values) < 0:
-            raise ValueError(
-                f"label_values must be 2 to {_UNKNOWN} different numbers >= 0, got {values}"
-            )
+            raise ValueError(f"label_values must be 2 to {_UNKNOWN} different numbers >= 0, got {values}")
         if len(self.class_names) != len(values):
-            raise ValueError(
-                f"class_names must be {len(values)}, one for each value, got {self.class_names}"
-            )
+            raise ValueError(f"class_names must be {len(values)}, one for each value, got {self.class_names}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
         return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
         }
 
     @classmethod
@@ -250,9 +237,7 @@ def unmap_labels(classes: np.ndarray, label_values: Sequence[int]) -> np.ndarray
     """Classes -> values in files, smallest unsigned type. Raises ValueError on another class."""
     classes = np.asarray(classes)
     if classes.size and not 0 <= classes.min() <= classes.max() < len(label_values):
-        raise ValueError(
-            f"classes must be 0..{len(label_values) - 1}, got {classes.min()}..{classes.max()}"
-        )
+        raise ValueError(f"classes must be 0..{len(label_values) - 1}, got {classes.min()}..{classes.max()}")
     return np.asarray(label_values, np.min_scalar_type(max(label_values)))[classes]
 
 
@@ -282,9 +267,7 @@ def to_native(values: np.ndarray, grid: Grid, recipe: Recipe) -> np.ndarray:
 
 def _reorientation(affine: np.ndarray, orientation: str) -> tuple[np.ndarray, list[int]]:
     """nibabel's transform (3, 2) native -> prepared, and the native axis of each prepared axis."""
-    ornt = orientations.ornt_transform(
-        orientations.io_orientation(affine), orientations.axcodes2ornt(orientation)
-    )
+    ornt = orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt(orientation))
     return ornt, [int(axis) for axis in np.argsort(ornt[:, 0])]
 
 

@@ -47,9 +47,7 @@ def assign_roles(dataset: PreparedDataset, labeled_patients: int, labeled_seed: 
     with_label = {case.patient_id for case in train if case.has_label}
     order = [patient for patient in dataset.patients["train"] if patient in with_label]
     if labeled_seed >= 0:
-        order.sort(
-            key=lambda patient: hashlib.sha256(f"{labeled_seed}/{patient}".encode()).digest()
-        )
+        order.sort(key=lambda patient: hashlib.sha256(f"{labeled_seed}/{patient}".encode()).digest())
     if labeled_patients == -1:
         labeled_patients = len(order)
     if not 1 <= labeled_patients <= len(order):
@@ -85,9 +83,7 @@ class Pool:
     An image lies centred on the canvas; what surrounds it holds the image's minimum.
     """
 
-    def __init__(
-        self, dataset: PreparedDataset, cases: list[Case], canvas: tuple[int, ...], labeled: bool
-    ):
+    def __init__(self, dataset: PreparedDataset, cases: list[Case], canvas: tuple[int, ...], labeled: bool):
         self.dataset = dataset
         self.canvas = canvas
         self.labeled = labeled
@@ -96,7 +92,8 @@ class Pool:
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Reads samples: `image` (n, *canvas, channels) float32, `extent` (n, rank) and `depth` (n, 2) float32, and
-        `label` (n, *canvas) uint8 if labelled."""
+        `label` (n, *canvas) uint8 if labelled.
+        """
         rank, n = len(self.canvas), len(indices)
         result = {
             "image": np.empty((n, *self.canvas, self.dataset.channels), np.float32),
@@ -132,9 +129,7 @@ def canvas_shape(cases: list[Case], patch: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(n) for n in shapes.max(axis=0))
 
 
-def _centred(
-    size: tuple[int, ...], canvas: tuple[int, ...]
-) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+def _centred(size: tuple[int, ...], canvas: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
     """Where on the canvas an image goes, and which part of it (all, unless the canvas is smaller)."""
     place, source = [], []
     for n, m in zip(size, canvas, strict=True):

@@ -84,8 +84,7 @@ def max_pool(x: jax.Array) -> jax.Array:
     """
     rank = x.ndim - 2
     corners = [
-        x[(slice(None), *(slice(o, None, 2) for o in offsets))]
-        for offsets in itertools.product((0, 1), repeat=rank)
+        x[(slice(None), *(slice(o, None, 2) for o in offsets))] for offsets in itertools.product((0, 1), repeat=rank)
     ]
     while len(corners) > 1:
         corners = [jnp.maximum(a, b) for a, b in zip(corners[::2], corners[1::2], strict=True)]
