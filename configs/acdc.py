@@ -4,10 +4,12 @@ python -m data_prep.acdc --input=DIR --output=data/acdc --spacing=2
 python -m sscl_jax.main --config=configs/acdc.py --workdir=runs/acdc
 """
 
+from ml_collections import ConfigDict
+
 from configs import base
 
 
-def get_config(method: str = "anatomical_pl"):
+def get_config(method: str = "anatomical_pl") -> ConfigDict:
     """Slices of 96 x 96 at 2 mm, 7 labelled patients. No flips: right and left ventricle are not mirror images."""
     config = base.get_config(method)
     config.data.path = "data/acdc"

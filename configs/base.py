@@ -11,7 +11,7 @@ The paper (Xiang et al., arXiv 2105.12924) is known to us by its abstract; every
 from ml_collections import ConfigDict
 
 # What each method switches on; fields as in `get_config`.
-METHODS = {
+METHODS: dict[str, dict] = {
     "supervised": {},
     "mean_teacher": {"consistency.weight": 1.0},
     "region": {"contrast.weight": 0.1, "contrast.sampler": "region"},

@@ -5,10 +5,12 @@ python -m data_prep.acdc --input=data/phantom_scans --output=data/phantom --spac
 python -m sscl_jax.main --config=configs/phantom.py --workdir=runs/phantom
 """
 
+from ml_collections import ConfigDict
+
 from configs import base
 
 
-def get_config(method: str = "anatomical_pl"):
+def get_config(method: str = "anatomical_pl") -> ConfigDict:
     """Slices of 64 x 64 at 2.5 mm, 2 labelled patients, a narrower network."""
     config = base.get_config(method)
     config.data.path = "data/phantom"

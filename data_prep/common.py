@@ -16,7 +16,6 @@ from sscl_jax.data.prepared import (
     CaseSource,
     PreparedDataset,
     map_ahead,
-    with_header_spacing,
 )
 
 AFFINE_TOLERANCE = 1e-3  # relative to the voxel size: what float32 headers lose by rounding
@@ -134,7 +133,7 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
     problems = []
     shape = affine = spacing = None
     try:
-        array, affine, header = nifti.read_image(source.image_path)
+        array, affine, _ = nifti.read_image(source.image_path)
         shape = array.shape[:3]
         if not _spans_space(affine):
             problems.append(
@@ -142,7 +141,7 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
                 "volume: write the voxel sizes and directions into the header"
             )
         else:
-            spacing = _anatomical_spacing(with_header_spacing(affine, header))
+            spacing = _anatomical_spacing(affine)
         if array.size and array.min() == array.max():
             problems.append(f"{source.image_path}: every voxel is {array.flat[0]:g}: replace or remove the file")
         del array

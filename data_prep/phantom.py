@@ -17,6 +17,7 @@ pixdim, the affine here carries the spacing.
 """
 
 import argparse
+import functools
 import gzip
 import json
 import multiprocessing
@@ -269,8 +270,8 @@ def _draw_abdomen(rng: np.random.Generator) -> Iterator[Blob]:
     radii = (u(45, 80), u(32, 52), u(60, 120))
     yield Blob(Tissue.LIVER, liver, radii, u(-0.5, 0.5))
     for _ in range(rng.integers(3, 8)):
-        spot = tuple(c + r * u(-0.7, 0.7) for c, r in zip(liver, radii, strict=True))
-        yield Blob(Tissue.VESSEL, spot, (u(2, 6), u(1.5, 3.5), u(8, 30)), u(0, np.pi))
+        x, y, z = (c + r * u(-0.7, 0.7) for c, r in zip(liver, radii, strict=True))
+        yield Blob(Tissue.VESSEL, (x, y, z), (u(2, 6), u(1.5, 3.5), u(8, 30)), u(0, np.pi))
     yield Blob(
         Tissue.SPLEEN,
         (u(50, 90), u(60, 90), u(10, 60)),
@@ -283,7 +284,7 @@ def _draw_abdomen(rng: np.random.Generator) -> Iterator[Blob]:
         angle, shell = u(0, np.pi), u(2, 5)
         content = (Tissue.BOWEL_BRIGHT, Tissue.BOWEL_DARK, Tissue.BOWEL_WALL)[int(rng.choice(3, p=(0.5, 0.3, 0.2)))]
         yield Blob(Tissue.BOWEL_WALL, centre, radii, angle)
-        yield Blob(content, centre, tuple(r - shell for r in radii), angle)
+        yield Blob(content, centre, (radii[0] - shell, radii[1] - shell, radii[2] - shell), angle)
 
 
 def _draw_thorax(rng: np.random.Generator, epi_radius: float) -> Iterator[Blob]:
@@ -453,7 +454,7 @@ def _near(blob: Blob, x: np.ndarray, y: np.ndarray) -> tuple[slice, slice]:
     for axis in (1, 0):
         hits = np.flatnonzero(close.any(axis=axis))
         window.append(slice(4 * hits[0], 4 * hits[-1] + 4) if hits.size else slice(0, 0))
-    return tuple(window)
+    return window[0], window[1]
 
 
 def _paint(
@@ -514,7 +515,8 @@ def _body(anatomy: Anatomy, x: np.ndarray, y: np.ndarray, z: float) -> np.ndarra
 
 def _waves(angle: np.ndarray, waves: tuple[tuple[int, float, float], ...]) -> np.ndarray:
     """1 + the sum of cosines; every wave is (order, amplitude, phase)."""
-    return 1 + sum(amplitude * np.cos(order * (angle - phase)) for order, amplitude, phase in waves)
+    terms = (amplitude * np.cos(order * (angle - phase)) for order, amplitude, phase in waves)
+    return sum(terms, np.ones_like(angle))
 
 
 def _taper(z: float, length: float, profile: float) -> float:
@@ -599,9 +601,9 @@ def _paint_heart(
 def _block_sum(values: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     """Sum over the sub-voxels: (Z, sz, X * sx, Y * sy) -> (X, Y, Z), in the type of `values`."""
     sx, sy = values.shape[2] // shape[0], values.shape[3] // shape[1]
-    total = sum(values[:, j] for j in range(values.shape[1]))
-    total = sum(total[:, j::sx] for j in range(sx))
-    total = sum(total[:, :, j::sy] for j in range(sy))
+    total = functools.reduce(np.add, (values[:, j] for j in range(values.shape[1])))
+    total = functools.reduce(np.add, (total[:, j::sx] for j in range(sx)))
+    total = functools.reduce(np.add, (total[:, :, j::sy] for j in range(sy)))
     return np.ascontiguousarray(total.transpose(1, 2, 0))
 
 

@@ -9,6 +9,7 @@ for each output pixel its position in the canvas, in pixels, with centres at int
 covers half a pixel on each side of its centre, so a canvas axis spans [-0.5, n - 0.5].
 """
 
+import functools
 import itertools
 import math
 
@@ -81,7 +82,7 @@ def random_coordinates(
     # One draw for all scalars: each call of the generator costs some 0.3 s of compilation on a CPU.
     uniform = jax.random.uniform(key_scalars, (3 + rank,))
     angle = jnp.deg2rad(_between(uniform[0], -rotate, rotate))
-    zoom = jnp.exp(_between(uniform[1], jnp.log(scale[0]), jnp.log(scale[1])))
+    zoom = jnp.exp(_between(uniform[1], math.log(scale[0]), math.log(scale[1])))
     tangent = _between(uniform[2], -shear, shear)
     flipped = (uniform[3:] < 0.5) & jnp.asarray(flip)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -99,7 +100,7 @@ def random_coordinates(
     return jnp.stack(moved, axis=-1) + bend * jnp.asarray(elastic, jnp.float32)
 
 
-def resample(image: jax.Array, coords: jax.Array, fill: float) -> jax.Array:
+def resample(image: jax.Array, coords: jax.Array, fill: float | jax.Array) -> jax.Array:
     """Samples an image at coordinates by linear interpolation.
 
     Args:
@@ -112,7 +113,7 @@ def resample(image: jax.Array, coords: jax.Array, fill: float) -> jax.Array:
       (*patch, C) in the dtype of `image`, or float32 where that is an integer type.
     """
     shape = image.shape[:-1]
-    limit = jnp.asarray(shape, jnp.float32) - 1.0
+    limit, zero = jnp.asarray(shape, jnp.float32) - 1.0, jnp.zeros(())
     clipped = jnp.clip(coords, 0.0, limit)
     low = jnp.floor(clipped)
     weight = clipped - low
@@ -122,16 +123,16 @@ def resample(image: jax.Array, coords: jax.Array, fill: float) -> jax.Array:
 
     lower = [low[..., a] * strides[a] for a in range(len(shape))]
     upper = [jnp.minimum(low[..., a] + 1, shape[a] - 1) * strides[a] for a in range(len(shape))]
-    total = 0.0
+    total = jnp.zeros((), jnp.float32)
     for corner in itertools.product((0, 1), repeat=len(shape)):
-        index, share = 0, 1.0
+        index, share = jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32)
         for axis, bit in enumerate(corner):
             index = index + (upper[axis] if bit else lower[axis])
             share = share * (weight[..., axis] if bit else 1.0 - weight[..., axis])
         # The indices were clipped above, so the gather need not check them again.
         value = pixels.at[index].get(mode="promise_in_bounds")
         total = total + share[..., None] * value
-    return jnp.where(_within(coords, 0.0, limit)[..., None], total, fill).astype(total.dtype)
+    return jnp.where(_within(coords, zero, limit)[..., None], total, fill).astype(total.dtype)
 
 
 def resample_labels(labels: jax.Array, coords: jax.Array) -> jax.Array:
@@ -144,12 +145,12 @@ def resample_labels(labels: jax.Array, coords: jax.Array) -> jax.Array:
     Returns:
       (*patch) in the dtype of `labels`.
     """
-    limit = jnp.asarray(labels.shape, jnp.float32) - 1.0
+    limit, zero = jnp.asarray(labels.shape, jnp.float32) - 1.0, jnp.zeros(())
     nearest = jnp.floor(jnp.clip(coords, 0.0, limit) + 0.5).astype(jnp.int32)
     strides = _strides(labels.shape)
     index = sum(nearest[..., a] * strides[a] for a in range(labels.ndim))
     value = jnp.asarray(labels).reshape(-1).at[index].get(mode="promise_in_bounds")
-    return jnp.where(_within(coords, 0.0, limit), value, 0).astype(labels.dtype)
+    return jnp.where(_within(coords, zero, limit), value, 0).astype(labels.dtype)
 
 
 def normalised_position(coords: jax.Array, shape: tuple[int, ...], extent: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -257,7 +258,8 @@ def gaussian_blur(image: jax.Array, sigma: jax.Array) -> jax.Array:
         size = image.shape[axis]
         margin = [(BLUR_RADIUS, BLUR_RADIUS) if a == axis else (0, 0) for a in range(image.ndim)]
         padded = jnp.pad(image, margin, mode="edge")
-        image = sum(weights[i] * jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(len(taps)))
+        shifted = (jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(len(taps)))
+        image = functools.reduce(jnp.add, (w * s for w, s in zip(weights, shifted, strict=True)))
     return image
 
 

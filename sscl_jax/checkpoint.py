@@ -7,6 +7,7 @@ Each holds the state as arrays and a JSON `meta`: config, preprocessing recipe, 
 Orbax writes under a temporary name and renames, so a half-written checkpoint is never taken for a whole one.
 """
 
+import hashlib
 import logging
 import os
 import warnings
@@ -15,6 +16,7 @@ from typing import Any
 
 import flax.serialization
 import flax.traverse_util
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -45,10 +47,11 @@ class Checkpoints:
             return
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(tree),
-            meta=ocp.args.JsonSave({**meta, "shapes": _shapes(tree)}),
+            meta=ocp.args.JsonSave({**meta, "shapes": _shapes(tree), "digest": _digest(tree)}),
         )
         try:
-            self._manager.save(step, args=arguments)
+            if not self._manager.save(step, args=arguments):
+                raise RuntimeError(f"a later one exists: {self.steps()}")
         except Exception as error:  # Orbax and tensorstore raise ValueError for a full disk
             raise OSError(
                 f"{self.folder}: checkpoint {step} could not be written ({_first_line(error)}). Free some space "
@@ -89,6 +92,8 @@ class Checkpoints:
             try:
                 arguments = ocp.args.Composite(state=ocp.args.StandardRestore(tree))
                 restored = self._manager.restore(step, args=arguments).state
+                if _digest(restored) != meta["digest"]:  # Orbax itself does not notice a flipped bit
+                    raise ValueError("its content is not what was saved")
             except Exception as error:
                 self._set_aside(step, error)
                 continue
@@ -112,13 +117,21 @@ class Checkpoints:
 
 def _to_tree(state: TrainState) -> dict[str, Any]:
     """Nested dictionaries of arrays; Orbax takes no NumPy scalars, so those become arrays of rank 0."""
-    tree = flax.serialization.to_state_dict(state)
-    return flax.traverse_util.path_aware_map(lambda _, x: np.asarray(x), tree)
+    return jax.tree.map(np.asarray, flax.serialization.to_state_dict(state))
 
 
 def _shapes(tree: dict[str, Any]) -> dict[str, list[int]]:
     flat = flax.traverse_util.flatten_dict(tree, sep="/")
     return {name: list(leaf.shape) for name, leaf in flat.items()}
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    """SHA-256 over names, types, shapes and bytes of all arrays."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(flax.traverse_util.flatten_dict(tree, sep="/").items()):
+        digest.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def _check_shapes(saved: dict[str, list[int]], wanted: dict[str, list[int]], path: Path) -> None:

@@ -69,7 +69,7 @@ def compare(workdirs: Sequence[Path], split: str, network: str) -> str:
     for workdir, rows in zip(workdirs, runs, strict=True):
         config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
         cells = [100 * class_mean(rows, "dice")]
-        cells += [100 * np.mean([row["dice"] for (_, c), row in rows.items() if c == each]) for each in classes]
+        cells += [100 * float(np.mean([row["dice"] for (_, c), row in rows.items() if c == each])) for each in classes]
         cells.append(class_mean(rows, "hd95_mm"))
         text = "  ".join(f"{cell:{max(10, len(h))}.2f}" for cell, h in zip(cells, header, strict=False))
         if rows is not runs[0]:

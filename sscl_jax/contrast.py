@@ -101,7 +101,7 @@ class Drawn(NamedTuple):
     valid: jax.Array
 
 
-def _draw(keys: jax.Array, pixels: Pixels, group: jax.Array, eligible: jax.Array, **counts) -> Drawn:
+def _draw(keys: jax.Array, pixels: Pixels, group: jax.Array, eligible: jax.Array, **counts: int) -> Drawn:
     """Draws from each image with its own key, so that the split over devices changes nothing."""
     index, valid = jax.vmap(lambda k, g, e: sample_pixels(k, g, e, **counts))(keys, group, eligible)
     batch = index.shape[0]

@@ -221,7 +221,7 @@ def evaluate_folders(predictions: Path, references: Path) -> tuple[list[str], li
     return [name for name, *_ in pairs], [str(v) for v in ordered], results
 
 
-def evaluate_split(network, split: str, data: str | None) -> tuple[list[CaseResult], str]:
+def evaluate_split(network: Any, split: str, data: str | None) -> tuple[list[CaseResult], str]:
     """Measures a loaded network on a split of the data it was trained with; results and a title.
 
     Raises:

@@ -22,12 +22,14 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Number of this process, wi
 
 
 def main(argv: list[str]) -> None:
+    """Trains; what the user can mend ends in one line and exit status 1."""
     if len(argv) > 1:
         sys.exit(f"error: unknown argument {argv[1]!r}: flags start with --; see --help.")
     try:
         parallel.initialise_hosts(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         from sscl_jax import train  # the devices are known from here on
 
+        assert _WORKDIR.value  # required
         train.train(_CONFIG.value, Path(_WORKDIR.value))
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("SSCL_TRACEBACK"):
@@ -38,7 +40,20 @@ def main(argv: list[str]) -> None:
 def run() -> None:
     """Entry point of `sscl-train`."""
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses the flags; a config that is not there, or has no such field or method, ends in one line."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(f"error: {error}. See --help.")
+    except AttributeError as error:
+        field = str(error).strip("\"'")
+        sys.exit(f"error: the config has no field {field!r}: configs/base.py lists every field.")
+    except (OSError, ImportError, ValueError) as error:
+        sys.exit(f"error: --config cannot be used: {error}")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def _draw_case(path: Path, result: CaseResult, dataset: PreparedDataset, slices:
     prediction = recipes.prepare_label(values, case.grid, recipe)
     shown = np.flatnonzero(((reference > 0) | (prediction > 0)).any((1, 2)))
     shown = shown[np.unique(np.round(np.linspace(0, len(shown) - 1, slices)).astype(int))]
-    box = _around(((reference > 0) | (prediction > 0)).any(0), margin=12)
+    box = _around(np.any((reference > 0) | (prediction > 0), axis=0), margin=12)
 
     figure, axes = plt.subplots(1, len(shown), figsize=(2.6 * len(shown), 3.4), squeeze=False, layout="constrained")
     low, high = np.percentile(image, (1, 99.5))

@@ -20,7 +20,7 @@ from tensorboardX import SummaryWriter
 
 from sscl_jax import evaluate, experiment, metrics, parallel, report
 from sscl_jax.checkpoint import Checkpoints
-from sscl_jax.data.prepared import open_prepared
+from sscl_jax.data.prepared import PreparedDataset, open_prepared
 from sscl_jax.data.sampling import Pool, Roles, assign_roles, canvas_shape, sample_order
 
 TERMS = (
@@ -75,6 +75,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
         state, meta = restored
         experiment.check_same_training(config, meta, dataset.fingerprint, workdir)
         memory = {name: meta[name] for name in memory}
+    state = parallel.to_host(state)  # donating arrays that lie on one device of several fails; NumPy arrays are copied
     start = int(state.step)
     meta = {
         "config": json.loads(json.dumps(config.to_dict())),
@@ -151,7 +152,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
 class Batches:
     """The batches of a training, by step."""
 
-    def __init__(self, config: ConfigDict, dataset, roles: Roles):
+    def __init__(self, config: ConfigDict, dataset: PreparedDataset, roles: Roles):
         canvas = canvas_shape(roles.labeled + roles.unlabeled, tuple(config.data.patch_size))
         self.seed = config.seed
         self.pools = {"labeled": Pool(dataset, roles.labeled, canvas, labeled=True)}
@@ -194,9 +195,10 @@ def _read(unread: list[tuple[int, Any]], pending: dict[str, tuple[float, float]]
     """Adds the metrics of past steps to `pending`, (sum, count) each, and empties `unread`."""
     for step, values in jax.device_get(unread):
         if not np.isfinite(values["loss"][0]) or not np.isfinite(values["grad_norm"][0]):
+            means = {name: float(total) / max(float(count), 1.0) for name, (total, count) in values.items()}
             raise FloatingPointError(
-                f"the loss or its gradient is not finite at step {step}: {dict((k, float(v[0])) for k, v in values.items())}; "
-                f"cases of the batch: {batches.names(step)}. The last checkpoint is good; look at these scans, or lower "
+                f"the loss or its gradient is not finite at step {step}: {means}; cases of the batch: "
+                f"{batches.names(step)}. The last checkpoint is good; look at these scans, or lower "
                 "optimizer.learning_rate."
             )
         for name, (total, count) in values.items():
@@ -262,7 +264,7 @@ class _caught_signals:
                 pass
         return caught
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -290,7 +292,7 @@ def _describe(config: ConfigDict, name: str, roles: Roles, start: int) -> None:
 
 
 def _final_tables(
-    config: ConfigDict, workdir: Path, dataset, roles: Roles, seconds: float
+    config: ConfigDict, workdir: Path, dataset: PreparedDataset, roles: Roles, seconds: float
 ) -> dict[str, dict[str, metrics.Summary]]:
     """Measures the best checkpoint (the last, without val cases) on val and, if asked for, test."""
     splits = {"val": roles.val} | ({"test": roles.test} if config.eval.test else {})

@@ -78,18 +78,22 @@ def sigmoid_ramp(weight: float, steps: int) -> Callable[[jax.Array], jax.Array]:
     return lambda step: weight * jnp.exp(-5.0 * (1.0 - jnp.minimum(step / steps, 1.0)) ** 2)
 
 
+def ramped_decay(step: jax.Array, decay: float) -> jax.Array:
+    """a_t = min(decay, 1 - 1 / (t + 1)): the average forgets its random start."""
+    return jnp.minimum(decay, 1.0 - 1.0 / (step + 1.0))
+
+
 def update_teacher(teacher: Any, student: Any, step: jax.Array, decay: float, scope: str) -> Any:
-    """theta' <- a theta' + (1 - a) theta with a = min(decay, 1 - 1 / (t + 1)) (Tarvainen & Valpola, 2017).
+    """theta' <- a_t theta' + (1 - a_t) theta, with a_t of `ramped_decay` (Tarvainen & Valpola, 2017).
 
     Args:
       teacher: parameters before the update, in the groups `encoder`, `decoder`, `projector`.
       student: parameters after optimiser step number `step`, counted from 0.
       step: () int, t.
-      decay: the final decay a.
+      decay: the final decay.
       scope: `network` averages every group; `encoder` averages the encoder and copies the rest.
     """
-    decay = jnp.minimum(decay, 1.0 - 1.0 / (step + 1.0))
-    average = optax.incremental_update(student, teacher, 1.0 - decay)
+    average = optax.incremental_update(student, teacher, 1.0 - ramped_decay(step, decay))
     if scope == "network":
         return average
     return {group: average[group] if group == "encoder" else student[group] for group in student}
@@ -359,13 +363,13 @@ def make_train_step(
         student = optax.apply_updates(state.student, updates)
 
         # 5. The teacher follows.
-        decay = jnp.minimum(ema_decay, 1.0 - 1.0 / (state.step + 1.0))
+        stats_step = 1.0 - ramped_decay(state.step, ema_decay)
         state = TrainState(
             step=state.step + 1,
             student=student,
             teacher=update_teacher(state.teacher, student, state.step, ema_decay, ema_scope),
             student_stats=student_stats,
-            teacher_stats=optax.incremental_update(student_stats, state.teacher_stats, 1.0 - decay),
+            teacher_stats=optax.incremental_update(student_stats, state.teacher_stats, stats_step),
             opt_state=opt_state,
         )
         return state, metrics

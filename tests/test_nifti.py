@@ -360,3 +360,31 @@ def test_singular_affine_is_refused_by_the_grid(tmp_path):
     recipe = Recipe(label_values=(0, 1), class_names=("bg", "a"))
     with pytest.raises(ValueError, match="singular"):
         make_grid(image.shape[:3], affine, recipe)
+
+
+def test_voxel_sizes_come_from_pixdim_where_the_sform_has_none(tmp_path):
+    # ACDC's files: sform diag(-1, -1, 1) with a code, true sizes in pixdim alone.
+    path = tmp_path / "acdc.nii.gz"
+    image = nib.Nifti1Image(np.arange(24, dtype=np.uint8).reshape(2, 3, 4), None)
+    image.header.set_sform(np.diag([-1.0, -1.0, 1.0, 1.0]), code=2)
+    image.header["pixdim"][1:4] = (1.5, 1.25, 10)
+    nib.save(image, path)
+    expected = np.diag([-1.5, -1.25, 10, 1])
+    array, affine, header = read_image(path)
+    np.testing.assert_allclose(affine, expected)
+    np.testing.assert_allclose(read_label(path)[1], expected)
+    write_mask(tmp_path / "mask.nii.gz", array[..., 0].astype(np.uint8), affine, header)
+    np.testing.assert_allclose(read_label(tmp_path / "mask.nii.gz")[1], expected)
+    assert nib.load(tmp_path / "mask.nii.gz").header.get_sform(coded=True)[1] == 2
+
+
+def test_four_dimensional_mask(tmp_path):
+    save(tmp_path / "cine.nii.gz", noise(shape=(4, 5, 3, 6)), oblique_affine())
+    _, affine, header = read_image(tmp_path / "cine.nii.gz", channels=True)
+    mask = (noise(shape=(4, 5, 3, 6)) % 4).astype(np.uint8)
+    write_mask(tmp_path / "mask.nii.gz", mask, affine, header)
+    saved = nib.load(tmp_path / "mask.nii.gz")
+    np.testing.assert_array_equal(np.asarray(saved.dataobj), mask)
+    np.testing.assert_allclose(saved.affine, oblique_affine(), atol=1e-4)
+    with pytest.raises(ValueError, match="shape"):
+        write_mask(tmp_path / "mask.nii.gz", mask[..., :2], affine, header)

@@ -310,15 +310,6 @@ def test_damaged_records_are_told(dataset):
         open_prepared(dataset.path)
 
 
-def test_header_spacing_is_used_where_the_sform_has_none():
-    header = nibabel.Nifti1Header()
-    header["pixdim"][1:4] = (1.5, 1.25, 10)
-    unit = np.diag([-1.0, -1.0, 1.0, 1.0])
-    got = prepared.with_header_spacing(unit, header)
-    np.testing.assert_allclose(got, np.diag([-1.5, -1.25, 10, 1]))
-    np.testing.assert_array_equal(prepared.with_header_spacing(got, header), got)
-
-
 def test_map_ahead_keeps_order_and_is_bounded():
     taken = 0
     started = []

@@ -30,7 +30,7 @@ def read_image(path: str | Path, channels: bool = False) -> tuple[np.ndarray, np
 
     Returns:
       The image as float32 (X, Y, Z, C) with the file's intensity scaling applied, C = 1 for a 3-D
-      file; its affine, float64 (4, 4), mm; its header, for `write_mask`.
+      file; its affine, float64 (4, 4), mm, with the voxel sizes of pixdim; its header, for `write_mask`.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -53,7 +53,7 @@ def read_image(path: str | Path, channels: bool = False) -> tuple[np.ndarray, np
             f"{path}: {bad} of {array.size} voxels are NaN, infinite or beyond float32, the first "
             f"at {first}; replace them by numbers"
         )
-    affine = np.asarray(image.affine, np.float64)
+    affine = _affine(image.header)
     shear = _shear(affine)
     if shear > 1e-3:
         warnings.warn(
@@ -97,7 +97,7 @@ def read_label(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     distinct = np.count_nonzero(np.bincount(array.ravel())) if high < 2**16 else np.unique(array).size
     if distinct > MAX_LABELS:
         raise ValueError(f"{path}: {distinct} distinct values, a label map has at most {MAX_LABELS}; is this an image?")
-    return array, np.asarray(image.affine, np.float64)
+    return array, _affine(image.header)
 
 
 def write_mask(path: str | Path, mask: np.ndarray, affine: np.ndarray, header: nib.Nifti1Header) -> None:
@@ -110,7 +110,7 @@ def write_mask(path: str | Path, mask: np.ndarray, affine: np.ndarray, header: n
 
     Args:
       path: ends in `.nii` or `.nii.gz`.
-      mask: (X, Y, Z), whole numbers >= 0.
+      mask: (X, Y, Z), whole numbers >= 0; (X, Y, Z, T) for a 4-D image.
       affine: (4, 4), as read with `header`.
       header: of the image, see `read_image`.
 
@@ -123,10 +123,11 @@ def write_mask(path: str | Path, mask: np.ndarray, affine: np.ndarray, header: n
         raise ValueError(f"{path}: a mask's file name must end in .nii or .nii.gz")
     if mask.dtype.kind not in "biu" or (mask.size and mask.min() < 0):
         raise ValueError(f"{path}: a mask holds whole numbers >= 0, got {mask.dtype}")
-    shape = header.get_data_shape()[:3]
+    shape = header.get_data_shape()
+    shape = shape if mask.ndim == 4 else shape[:3]
     if mask.shape != shape + (1,) * (3 - len(shape)):
         raise ValueError(f"{path}: the mask's shape {mask.shape} is not the image's, {shape}")
-    if not np.allclose(affine, header.get_best_affine(), rtol=1e-5, atol=1e-4):
+    if not np.allclose(affine, _affine(header), rtol=1e-5, atol=1e-4):
         raise ValueError(f"{path}: the affine is not the header's; give those of the same image")
 
     header = header.copy()
@@ -199,6 +200,21 @@ def _load(path: str | Path, dtype: type | None) -> tuple[nib.Nifti1Image, np.nda
     except Exception as error:
         raise ValueError(f"{path}: truncated or damaged ({_one_line(error)}); copy it again") from error
     return image, array.reshape(shape)
+
+
+def _affine(header: nib.Nifti1Header) -> np.ndarray:
+    """Voxel indices to mm: directions and origin of the affine, voxel sizes of pixdim where the two disagree.
+
+    They agree in most files. ACDC's have the unit matrix as sform and the true sizes in pixdim alone, and ITK, behind
+    the published figures, takes those.
+    """
+    affine = np.array(header.get_best_affine(), np.float64)
+    sizes = voxel_sizes(affine)
+    pixdim = np.abs(np.asarray(header["pixdim"][1:4], np.float64))
+    usable = np.isfinite(pixdim).all() and (pixdim > 0).all() and np.isfinite(sizes).all() and (sizes > 0).all()
+    if usable and not np.allclose(sizes, pixdim, rtol=0.01):
+        affine[:3, :3] *= pixdim / sizes
+    return affine
 
 
 def _shear(affine: np.ndarray) -> float:

@@ -36,7 +36,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import nibabel
 import numpy as np
 from tqdm import tqdm
 
@@ -279,8 +278,7 @@ def _file_digest(path: Path) -> str:
 
 def _prepare_case(source: CaseSource, recipe: Recipe) -> dict:
     """Reads and preprocesses one case: the fields of its record, without `index`."""
-    array, affine, header = nifti.read_image(source.image_path)
-    affine = with_header_spacing(affine, header)
+    array, affine, _ = nifti.read_image(source.image_path)
     grid = recipes.make_grid(array.shape[:3], affine, recipe)
     label = native_label = np.zeros((0, 0, 0), dtype=np.uint8)
     if source.label_path is not None:
@@ -310,29 +308,6 @@ def _prepare_case(source: CaseSource, recipe: Recipe) -> dict:
         "native_shape": np.asarray(array.shape[:3], dtype=np.int64),
         "spacing": np.asarray(grid.spacing, dtype=np.float64),
     }
-
-
-def with_header_spacing(affine: np.ndarray, header: nibabel.Nifti1Header) -> np.ndarray:
-    """The affine with its directions kept and its voxel sizes taken from the header's pixdim.
-
-    They agree in most files. ACDC's have the unit matrix as sform and the true sizes in pixdim
-    alone; ITK, behind the published figures, reads them in this way too.
-
-    Args:
-      affine: (4, 4), as read.
-      header: of the same file.
-
-    Returns:
-      (4, 4) float64: `affine` itself where the two agree to 1 %, or pixdim holds no sizes.
-    """
-    sizes = np.linalg.norm(affine[:3, :3], axis=0)
-    pixdim = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
-    usable = np.isfinite(pixdim).all() and (pixdim > 0).all() and (sizes > 0).all()
-    if not usable or np.allclose(sizes, pixdim, rtol=0.01):
-        return affine
-    corrected = np.array(affine, dtype=np.float64)
-    corrected[:3, :3] *= pixdim / sizes
-    return corrected
 
 
 def _write_records(folder: Path, sources: list[CaseSource], recipe: Recipe, metadata: dict) -> None:

@@ -6,6 +6,7 @@ The batch of a step is a pure function of (seed, step): a resumed training sees 
 import dataclasses
 import functools
 import hashlib
+from typing import Any
 
 import numpy as np
 
@@ -91,8 +92,11 @@ class Pool:
         self.samples = [(case, index) for case in cases for index in range(depth(case))]
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Reads samples: `image` (n, *canvas, channels) float32, `extent` (n, rank) and `depth` (n, 2) float32, and
-        `label` (n, *canvas) uint8 if labelled.
+        """Reads samples.
+
+        Returns:
+          `image` (n, *canvas, channels) float32; `extent` (n, rank) and `depth` (n, 2) float32, see
+          `train_step.draw_views`; `label` (n, *canvas) uint8 if labelled.
         """
         rank, n = len(self.canvas), len(indices)
         result = {
@@ -105,8 +109,9 @@ class Pool:
         for row, sample in enumerate(indices):
             case, index = self.samples[sample]
             image = self.dataset.image(case.index)
+            place: Any
             place, source = _centred(image.shape[3 - rank : 3], self.canvas)
-            part = (index, *source) if rank == 2 else source
+            part: Any = (index, *source) if rank == 2 else source
             values = image[part]
             result["image"][row] = values.min()
             result["image"][(row, *place)] = values
