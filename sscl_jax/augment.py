@@ -82,7 +82,7 @@ def random_coordinates(
     # One draw for all scalars: each call of the generator costs some 0.3 s of compilation on a CPU.
     uniform = jax.random.uniform(key_scalars, (3 + rank,))
     angle = jnp.deg2rad(_between(uniform[0], -rotate, rotate))
-    zoom = jnp.exp(_between(uniform[1], math.log(scale[0]), math.log(scale[1])))
+    zoom = jnp.exp(_between(uniform[1], jnp.log(scale[0]), jnp.log(scale[1])))
     tangent = _between(uniform[2], -shear, shear)
     flipped = (uniform[3:] < 0.5) & jnp.asarray(flip)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -312,7 +312,7 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
     return [math.prod(shape[a + 1 :]) for a in range(len(shape))]
 
 
-def _between(uniform: jax.Array, low: float, high: float) -> jax.Array:
+def _between(uniform: jax.Array, low: float | jax.Array, high: float | jax.Array) -> jax.Array:
     """Takes uniform numbers in [0, 1) to [low, high]."""
     return low + uniform * (high - low)
 
