@@ -48,6 +48,13 @@ setup(
             "ruff>=0.17.6",
         ],
     },
+    entry_points={
+        "console_scripts": [
+            "sscl-train = sscl_jax.main:run",
+            "sscl-predict = sscl_jax.predict:main",
+            "sscl-evaluate = sscl_jax.evaluate:main",
+        ]
+    },
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",

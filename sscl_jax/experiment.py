@@ -146,16 +146,21 @@ def make_weights(config: ConfigDict) -> dict[str, Callable[[jax.Array], jax.Arra
     }
 
 
-def make_step(config: ConfigDict, num_classes: int) -> Callable:
-    """The training step, mapped over the devices."""
-    augment, weights = config.augment, make_weights(config)
-    views = train_step.Views(
+def make_views(config: ConfigDict) -> train_step.Views:
+    """How weak and strong views are drawn."""
+    augment = config.augment
+    return train_step.Views(
         geometry={name: augment[name] for name in ("rotate", "scale", "shear", "elastic", "flip", "spread")},
         weak={name: augment[f"weak_{name}"] for name in ("contrast", "brightness", "gamma")},
         strong={name: augment[name] for name in ("contrast", "brightness", "gamma", "bias", "noise", "blur")},
         cutmix_area=tuple(augment.cutmix_area),
         cutmix_probability=augment.cutmix_probability,
     )
+
+
+def make_step(config: ConfigDict, num_classes: int) -> Callable:
+    """The training step, mapped over the devices."""
+    weights = make_weights(config)
     fields = (field.name for field in dataclasses.fields(train_step.Contrast))
     return parallel.parallel_step(
         train_step.make_train_step(
@@ -163,7 +168,7 @@ def make_step(config: ConfigDict, num_classes: int) -> Callable:
             make_optimizer(config),
             seed=config.seed,
             patch=tuple(config.data.patch_size),
-            views=views,
+            views=make_views(config),
             contrast_options=train_step.Contrast(**{name: config.contrast[name] for name in fields}),
             contrast_weight=weights["contrast"],
             consistency_weight=weights["consistency"],
