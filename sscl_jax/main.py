@@ -6,6 +6,7 @@ Exit status: 0 done; 1 input or config cannot be used; 130 or 143 stopped by SIG
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("SSCL_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 def run() -> None:
@@ -47,13 +48,14 @@ def _parse(argv: list[str]) -> list[str]:
     """Parses the flags; a config that is not there, or has no such field or method, ends in one line."""
     try:
         return flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(f"error: {error}. See --help.")
-    except AttributeError as error:
-        field = str(error).strip("\"'")
-        sys.exit(f"error: the config has no field {field!r}: configs/base.py lists every field.")
-    except (OSError, ImportError, ValueError) as error:
-        sys.exit(f"error: --config cannot be used: {error}")
+    except (flags.Error, OSError, ImportError, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if any(line.startswith("Traceback") for line in lines):  # what a config file raised, in the middle of it
+            lines = [line for line in lines if re.match(r"\w+(Error|Exception): ", line)]
+        sys.exit(f"error: {' '.join(lines).rstrip('.')}. See --help.")
+    except AttributeError as error:  # ml_collections quotes its message several times over
+        text = re.sub(r"[\"'\\]", "", re.sub(r"\\+n", ". ", str(error)))
+        sys.exit(f"error: the config has no field {text} configs/base.py lists all fields.")
 
 
 if __name__ == "__main__":
