@@ -19,6 +19,7 @@ from sscl_jax import metrics
 from sscl_jax.data import nifti
 from sscl_jax.data import recipe as recipes
 from sscl_jax.data.prepared import Case, PreparedDataset, open_prepared
+from sscl_jax.data.sampling import Pool
 from sscl_jax.models import UNet
 
 Predictor = Callable[[Any, np.ndarray], np.ndarray]
@@ -132,6 +133,36 @@ def evaluate_cases(
         )
         results.append(CaseResult(case, prediction, measured))
     return results
+
+
+def feature_quality(
+    model: UNet, variables: Any, pool: Pool, num_classes: int, per_class: int = 2000, batch: int = 8
+) -> tuple[float, float]:
+    """Compactness and separability of pixel features on labelled images, see `metrics.compactness_separability`.
+
+    Args:
+      model: the network; features are those of its `feature_level`, before the projection.
+      variables: its variables.
+      pool: labelled samples, on a canvas of the size trained on.
+      num_classes: number of classes.
+      per_class: pixels of each class that count, drawn with a fixed seed.
+      batch: images in one call.
+    """
+    step = 2**model.feature_level
+    centre = (slice(None), *(slice(step // 2, None, step),) * len(pool.canvas))
+    forward = jax.jit(lambda v, x: model.apply(v, x)[1])
+    features, labels = [], []
+    for first in range(0, len(pool.samples), batch):
+        # A full batch always, as in the sliding window: the last one takes some samples twice.
+        part = pool.batch(np.arange(first, first + batch) % len(pool.samples))
+        label = part["label"][centre].ravel()
+        inside = np.flatnonzero(np.random.RandomState(first).rand(label.size) < np.where(label > 0, 1.0, 0.02))
+        features.append(np.asarray(forward(variables, part["image"])).reshape(label.size, -1)[inside])
+        labels.append(label[inside])
+    x, y = np.concatenate(features), np.concatenate(labels)
+    order = np.random.RandomState(0).permutation(len(y))
+    chosen = np.concatenate([order[y[order] == c][:per_class] for c in range(num_classes)])
+    return metrics.compactness_separability(x[chosen], y[chosen], num_classes)
 
 
 CASE_COLUMNS = (

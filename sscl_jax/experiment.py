@@ -181,6 +181,11 @@ def make_step(config: ConfigDict, num_classes: int) -> Callable:
     )
 
 
+def plain_config(config: ConfigDict) -> dict[str, Any]:
+    """The config as nested dictionaries of JSON types."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
 def flat_config(config: ConfigDict) -> dict[str, Any]:
     """`{"data.path": ..., ...}` with JSON types."""
     flat: dict[str, Any] = {}
@@ -192,7 +197,7 @@ def flat_config(config: ConfigDict) -> dict[str, Any]:
             else:
                 flat[prefix + name] = value
 
-    visit("", json.loads(json.dumps(config.to_dict())))
+    visit("", plain_config(config))
     return flat
 
 

@@ -5,6 +5,7 @@
 Exit status: 0 done; 1 input or config cannot be used; 130 or 143 stopped by SIGINT or SIGTERM, saved before leaving.
 """
 
+import errno
 import os
 import re
 import sys
@@ -35,7 +36,9 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("SSCL_TRACEBACK"):
             raise
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        remedy = ": free some, then run the same command again, it goes on from the last checkpoint" if full else ""
+        sys.exit(f"error: {' '.join(str(error).split())}{remedy}")
 
 
 def run() -> None:

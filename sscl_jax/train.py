@@ -65,7 +65,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
             f"data.labeled_patients={config.data.labeled_patients} leaves no unlabelled patient for method "
             f"{config.method!r}: lower it, or take :supervised."
         )
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--workdir={workdir} cannot be written ({error.strerror}): choose another folder.") from error
 
     # The state: restored, or new.
     last, best = Checkpoints(workdir, "last"), Checkpoints(workdir, "best")
@@ -78,7 +81,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
     state = parallel.to_host(state)  # donating arrays that lie on one device of several fails; NumPy arrays are copied
     start = int(state.step)
     meta = {
-        "config": json.loads(json.dumps(config.to_dict())),
+        "config": experiment.plain_config(config),
         "recipe": dataset.recipe.to_dict(),
         "channels": dataset.channels,
         "fingerprint": dataset.fingerprint,
@@ -87,7 +90,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
     main = parallel.is_main_process()
     if main:
         _describe(config, dataset.name, roles, start)
-        (workdir / "config.json").write_text(json.dumps(meta["config"], indent=1))
+        (workdir / "config.json").write_text(json.dumps(meta["config"], indent=1), encoding="utf-8")
     log = Log(workdir, start, main)
     step_fn = experiment.make_step(config, dataset.num_classes)
     patch = tuple(config.data.patch_size)
@@ -310,9 +313,12 @@ def _final_tables(
         rows = [(n, r.case.case_id, r.case.patient_id, r.metrics) for n, rs in results.items() for r in rs]
         evaluate.write_case_table(workdir / f"{split}_cases.csv", rows, dataset.recipe.class_names)
         report.write_overlays(workdir / f"{split}_overlays", results[config.eval.select], dataset)
-        for name, summary in summaries[split].items():
-            title = f"{split}, {name}, step {networks[0].path.name} ({config.method}, seed {config.seed})"
-            print("\n" + metrics.format_table(summary, dataset.recipe.class_names[1:], title))
+        pool = Pool(dataset, cases, tuple(config.data.patch_size), labeled=True)
+        for network in networks:
+            title = f"{split}, {network.name}, step {network.path.name} ({config.method}, seed {config.seed})"
+            print("\n" + metrics.format_table(summaries[split][network.name], dataset.recipe.class_names[1:], title))
+            quality = evaluate.feature_quality(model, network.variables, pool, dataset.num_classes)
+            print("pixel features: compactness {:.3f} (0..1), separability {:.3f} (0..2)".format(*quality))
     if parallel.is_main_process():
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(
