@@ -22,7 +22,6 @@ import gzip
 import json
 import multiprocessing
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -33,6 +32,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from scipy import ndimage
+from tqdm import tqdm
 
 VERSION = 1  # raise it when the same seed would give other files
 GROUPS = ("NOR", "DCM", "HCM", "MINF", "RV")  # ACDC's five groups of patients
@@ -717,11 +717,7 @@ def generate(output: Path, patients: int = 40, val: int = 6, test: int = 10, see
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
         root = Path(scratch) / output.name
         root.mkdir()
-        ids = []
-        for patient in _write_all(root, seed, total, workers):
-            ids.append(patient)
-            print(f"\r{len(ids)}/{total} patients", end="", file=sys.stderr, flush=True)
-        print(file=sys.stderr)
+        ids = list(tqdm(_write_all(root, seed, total, workers), "drawing", total, unit=" patients", disable=None))
         splits, start = {}, 0
         for split, count in counts.items():
             splits[split] = ids[start : start + count]

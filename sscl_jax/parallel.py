@@ -71,6 +71,15 @@ def parallel_step(
     return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=(0,))
 
 
+def replicate(tree: Any) -> Any:
+    """Copies a tree to every device of this process, laid out as the step returns its state.
+
+    Any other layout would make the second call compile the step a second time.
+    """
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
+    return jax.device_put(to_host(tree), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
 def to_host(tree: Any) -> Any:
     """Copies a replicated tree to NumPy arrays on the host."""
     return jax.tree.map(lambda x: np.array(x.addressable_data(0) if isinstance(x, jax.Array) else x), tree)

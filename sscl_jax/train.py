@@ -78,8 +78,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
         state, meta = restored
         experiment.check_same_training(config, meta, dataset.fingerprint, workdir)
         memory = {name: meta[name] for name in memory}
-    state = parallel.to_host(state)  # donating arrays that lie on one device of several fails; NumPy arrays are copied
     start = int(state.step)
+    state = parallel.replicate(state)
     meta = {
         "config": experiment.plain_config(config),
         "recipe": dataset.recipe.to_dict(),
