@@ -1,0 +1,87 @@
+"""Fixtures that several files share: one tiny data set, and steps that are compiled once."""
+
+import json
+import os
+
+# Before jax is imported. The claims of equal bits are for the CPU, and LLVM's optimiser is half of the time it takes
+# to compile a step, on programs this small all for nothing.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def phantom_scans(tmp_path_factory):
+    """Raw phantoms in ACDC's layout: 4 training patients, 1 val, 1 test."""
+    from data_prep import phantom
+
+    folder = tmp_path_factory.mktemp("phantom") / "scans"
+    phantom.generate(folder, patients=4, val=1, test=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantom_data(phantom_scans):
+    """The prepared dataset of `phantom_scans`, at 6 mm so that slices are about 32 x 32."""
+    from data_prep import acdc
+
+    output = phantom_scans.parent / "prepared"
+    acdc.prepare(phantom_scans, output, spacing=6.0)
+    return output
+
+
+def tiny(path, method="anatomical_pl", **fields):
+    """A config small enough for a test; `fields` as in {"optimizer.learning_rate": 1}."""
+    from configs import base
+
+    config = base.get_config(method)
+    config.update_from_flattened_dict({
+        "data.path": str(path), "data.labeled_patients": 2, "data.patch_size": (32, 32),
+        "data.labeled_batch": 2, "data.unlabeled_batch": 2,
+        "model.widths": (4, 8, 8), "model.projection_dim": 8,
+        "optimizer.warmup_steps": 5, "optimizer.learning_rate": 1e-2,
+        "contrast.queries": 4, "contrast.keys": 4, "contrast.threshold": 0.5, "contrast.cells": 2,
+        "contrast.ramp_steps": 10, "consistency.ramp_steps": 0, "pseudo_label.ramp_steps": 10,
+        "pseudo_label.threshold": 0.5,
+        "steps": 120, "log_every": 10, "save_every": 25, "eval.every": 40,
+    } | fields)  # fmt: skip
+    return config
+
+
+@pytest.fixture(scope="session")
+def tiny_config(phantom_data):
+    """`tiny` on the prepared phantoms: `tiny_config(method, **fields)`."""
+
+    def make(method="anatomical_pl", **fields):
+        return tiny(phantom_data, method, **fields)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def compiled_once():
+    """Trainings of one config share what they compile; apart from time that changes nothing."""
+    from sscl_jax import evaluate, experiment
+
+    def once(function, key):
+        results = {}
+
+        def remembered(*args):
+            name = key(*args)
+            if name not in results:
+                results[name] = function(*args)
+            return results[name]
+
+        return remembered
+
+    def by_config(config, *others):
+        fields = {n: v for n, v in experiment.flat_config(config).items() if n not in experiment.FREE_FIELDS}
+        return json.dumps([fields, others])
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(experiment, "make_step", once(experiment.make_step, by_config))
+    patch.setattr(experiment, "make_state", once(experiment.make_state, by_config))
+    patch.setattr(evaluate, "make_predictor", once(evaluate.make_predictor, lambda *args: args))
+    yield
+    patch.undo()
