@@ -358,7 +358,7 @@ def make_train_step(
         # 4. The student moves; each device differentiated its share of the loss, so the gradients add up.
         grads, (metrics, student_stats) = jax.grad(loss_fn, has_aux=True)(state.student)
         grads = global_sum(grads)
-        metrics["grad_norm"] = (optax.global_norm(grads), jnp.ones(()))
+        metrics["grad_norm"] = (optax.tree.norm(grads), jnp.ones(()))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.student)
         student = optax.apply_updates(state.student, updates)
 
