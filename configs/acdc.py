@@ -17,5 +17,6 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.data.patch_size = (96, 96)
     config.steps = 3000
     config.eval.every = 750
+    config.eval.largest_component = True
     config.save_every = 250
     return config

@@ -20,5 +20,6 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.steps = 1000
     config.eval.every = 250
     config.save_every = 250
+    config.eval.largest_component = True
     config.eval.test = True
     return config

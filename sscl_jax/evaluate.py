@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from scipy import ndimage
 
 from sscl_jax import metrics
 from sscl_jax.data import nifti
@@ -106,25 +107,56 @@ class CaseResult(NamedTuple):
     metrics: metrics.CaseMetrics
 
 
+def keep_largest_component(classes: np.ndarray) -> np.ndarray:
+    """Leaves of each class but the largest part that hangs together (voxels may touch at a corner): (X, Y, Z)."""
+    result = classes.copy()
+    for c in np.unique(classes[classes > 0]):
+        parts, count = ndimage.label(classes == c, np.ones((3,) * classes.ndim))
+        if count > 1:
+            sizes = np.bincount(parts.ravel())
+            sizes[0] = 0
+            result[(parts > 0) & (parts != np.argmax(sizes))] = 0
+    return result
+
+
 def segment(
     predict: Predictor,
     variables: Any,
     image: np.ndarray,
     grid: recipes.Grid,
     recipe: recipes.Recipe,
+    largest_component: bool,
 ) -> np.ndarray:
-    """Classes (X, Y, Z) uint8 on the native grid, of a prepared image (D, H, W, C)."""
+    """Segments one prepared image.
+
+    Args:
+      predict: from `make_predictor`.
+      variables: of the network.
+      image: (D, H, W, C), prepared.
+      grid: links it to its file.
+      recipe: by which it was prepared.
+      largest_component: see `keep_largest_component`.
+
+    Returns:
+      Classes (X, Y, Z) uint8 on the native grid.
+    """
     probs = recipes.to_native(predict(variables, image), grid, recipe)
-    return np.argmax(probs, axis=-1).astype(np.uint8)
+    classes = np.argmax(probs, axis=-1).astype(np.uint8)
+    return keep_largest_component(classes) if largest_component else classes
 
 
 def evaluate_cases(
-    predict: Predictor, variables: Any, dataset: PreparedDataset, cases: Sequence[Case]
+    predict: Predictor,
+    variables: Any,
+    dataset: PreparedDataset,
+    cases: Sequence[Case],
+    largest_component: bool,
 ) -> list[CaseResult]:
     """Segments and measures cases that have a label."""
     results = []
     for case in cases:
-        prediction = segment(predict, variables, dataset.image(case.index), case.grid, dataset.recipe)
+        image = dataset.image(case.index)
+        prediction = segment(predict, variables, image, case.grid, dataset.recipe, largest_component)
         measured = metrics.case_metrics(
             prediction,
             dataset.native_label(case.index),
@@ -270,7 +302,7 @@ def evaluate_split(network: Any, split: str, data: str | None) -> tuple[list[Cas
     config = network.config
     predict = make_predictor(network.model, tuple(config.data.patch_size), config.eval.final_overlap)
     title = f"{split}, {network.name}, step {network.path.name} ({config.method}, seed {config.seed})"
-    return evaluate_cases(predict, network.variables, dataset, cases), title
+    return evaluate_cases(predict, network.variables, dataset, cases, config.eval.largest_component), title
 
 
 def main(argv: Sequence[str] | None = None) -> None:

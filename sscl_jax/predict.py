@@ -56,7 +56,8 @@ def predict_file(network: experiment.Network, predict: evaluate.Predictor, scan:
     masks = []
     for frame in frames:
         prepared = recipes.prepare_image(frame, grid, network.recipe)
-        classes = evaluate.segment(predict, network.variables, prepared, grid, network.recipe)
+        largest = network.config.eval.largest_component
+        classes = evaluate.segment(predict, network.variables, prepared, grid, network.recipe, largest)
         masks.append(recipes.unmap_labels(classes, network.recipe.label_values))
     mask = masks[0] if len(masks) == 1 else np.stack(masks, axis=-1)
     nifti.write_mask(output, mask, affine, header)

@@ -97,6 +97,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
     model = experiment.make_model(config, dataset.num_classes)
     predict = evaluate.make_predictor(model, patch, config.eval.overlap)
     schedule, weights = experiment.make_schedule(config), experiment.make_weights(config)
+    largest = config.eval.largest_component
     images = config.data.labeled_batch + (config.data.unlabeled_batch if semi_supervised else 0)
     batches = Batches(config, dataset, roles)
 
@@ -126,7 +127,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
             if at_eval and not caught:
                 host = parallel.to_host(state)
                 variables = experiment.network_variables(host, config.eval.select)
-                results = evaluate.evaluate_cases(predict, variables, dataset, roles.val)
+                results = evaluate.evaluate_cases(predict, variables, dataset, roles.val, largest)
                 summary = metrics.summarise([r.metrics for r in results])
                 dice = summary.overall_mean["dice"]
                 row = {"val_dice": dice, "val_hd95_mm": summary.overall_mean["hd95"]}
@@ -301,12 +302,13 @@ def _final_tables(
     splits = {"val": roles.val} | ({"test": roles.test} if config.eval.test else {})
     model = experiment.make_model(config, dataset.num_classes)
     predict = evaluate.make_predictor(model, tuple(config.data.patch_size), config.eval.final_overlap)
+    largest = config.eval.largest_component
     networks = [experiment.load_network(workdir, "best", name) for name in NETWORKS]
     summaries: dict[str, dict[str, metrics.Summary]] = {}
     for split, cases in splits.items():
         if not cases:
             continue
-        results = {n.name: evaluate.evaluate_cases(predict, n.variables, dataset, cases) for n in networks}
+        results = {n.name: evaluate.evaluate_cases(predict, n.variables, dataset, cases, largest) for n in networks}
         summaries[split] = {name: metrics.summarise([r.metrics for r in rs]) for name, rs in results.items()}
         if not parallel.is_main_process():
             continue
