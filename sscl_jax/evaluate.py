@@ -31,7 +31,7 @@ def window_starts(size: int, patch: int, overlap: float) -> list[int]:
     if size <= patch:
         return [0]
     count = int(np.ceil((size - patch) / (patch * (1 - overlap)))) + 1
-    return [int(start) for start in np.round(np.linspace(0, size - patch, count))]
+    return sorted({int(start) for start in np.round(np.linspace(0, size - patch, count))})
 
 
 def gaussian_window(patch: Sequence[int]) -> np.ndarray:

@@ -1,0 +1,42 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sscl_jax import losses
+
+
+def test_cross_entropy_equals_optax():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(2, 5, 6, 4)).astype(np.float32), rng.integers(0, 4, (2, 5, 6))
+    expected = optax.softmax_cross_entropy_with_integer_labels(jnp.array(logits), jnp.array(labels))
+    np.testing.assert_allclose(losses.cross_entropy(jnp.array(logits), jnp.array(labels)), expected, rtol=1e-5)
+
+
+def test_soft_dice_by_hand():
+    probs = jnp.array([[0.8, 0.2, 0.0], [0.4, 0.6, 0.0], [0.5, 0.5, 0.0]])
+    labels, weight = jnp.array([0, 1, 0]), jnp.array([1.0, 1.0, 0.0])  # the third pixel takes no part
+    overlap, total = losses.dice_sums(probs, labels, weight)
+    np.testing.assert_allclose(overlap, [0.8, 0.6, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(total, [1.2 + 1, 0.8 + 1, 0.0], rtol=1e-6)
+    expected = [1 - (1.6 + 1) / (2.2 + 1), 1 - (1.2 + 1) / (1.8 + 1), 0.0]  # the third class is absent: no loss
+    np.testing.assert_allclose(losses.soft_dice_loss(jnp.stack([overlap, total])), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_finite_for_extreme_logits(weight):
+    logits = jnp.array([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]])
+    labels = jnp.array([1, 2])
+
+    def loss(logits):
+        sums = losses.dice_sums(jax.nn.softmax(logits), labels, jnp.full(2, weight))
+        return jnp.sum(losses.cross_entropy(logits, labels)) + jnp.sum(losses.soft_dice_loss(sums))
+
+    value, gradient = jax.value_and_grad(loss)(logits)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_squared_difference_by_hand():
+    a, b = jnp.array([[1.0, 0.0]]), jnp.array([[0.5, 0.5]])
+    np.testing.assert_allclose(losses.squared_difference(a, b), [0.25])

@@ -1,0 +1,86 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sscl_jax.models import UNet
+from sscl_jax.models.unet import GroupNorm, depth_to_space, max_pool
+
+
+@pytest.mark.parametrize(("shape", "level"), [((2, 16, 8, 1), 1), ((1, 8, 8, 16, 2), 2), ((1, 8, 8, 1), 0)])
+def test_shapes(shape, level):
+    widths = (4, 6, 8)
+    model = UNet(num_classes=3, widths=widths, feature_level=level, projection_dim=5)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
+    assert set(variables["params"]) == {"encoder", "decoder", "projector"}
+    logits, features = jax.eval_shape(model.apply, variables, jnp.zeros(shape))
+    assert logits.shape == (*shape[:-1], 3)
+    assert features.shape == (shape[0], *(n // 2**level for n in shape[1:-1]), widths[level])
+    projected = jax.eval_shape(lambda v, f: model.apply(v, f, method="project"), variables, features)
+    assert projected.shape == (*features.shape[:-1], 5)
+
+
+def test_projections_have_unit_norm_and_survive_zeros():
+    model = UNet(num_classes=2, widths=(4, 6), feature_level=1, projection_dim=5)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
+    features = jnp.concatenate([jax.random.normal(jax.random.key(1), (7, 6)), jnp.zeros((1, 6))])
+
+    def project(f):
+        return model.apply(variables, f, method="project")
+
+    np.testing.assert_allclose(jnp.linalg.norm(project(features)[:7], axis=-1), 1, rtol=1e-5)
+    assert np.isfinite(jax.grad(lambda f: project(f).sum())(features)).all()
+
+
+def test_max_pool_equals_a_loop():
+    x = np.random.default_rng(0).normal(size=(2, 4, 6, 8, 3)).astype(np.float32)
+    got = np.asarray(max_pool(jnp.array(x)))
+    assert got.shape == (2, 2, 3, 4, 3)
+    for i, j, k in np.ndindex(2, 3, 4):
+        block = x[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, 2 * k : 2 * k + 2]
+        np.testing.assert_array_equal(got[:, i, j, k], block.max((1, 2, 3)))
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_dense_and_depth_to_space_are_a_transposed_convolution(rank):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, *range(3, 3 + rank), 5)).astype(np.float32)
+    kernel = rng.normal(size=((2,) * rank + (5, 4))).astype(np.float32)
+    dense = np.moveaxis(kernel, -2, 0).reshape(5, -1)
+    got = np.asarray(depth_to_space(jnp.array(x @ dense), rank))
+    for place in np.ndindex(*x.shape[1:-1]):
+        for corner in np.ndindex(*(2,) * rank):
+            target = tuple(2 * p + c for p, c in zip(place, corner, strict=True))
+            expected = x[(slice(None), *place)] @ kernel[corner]
+            np.testing.assert_allclose(got[(slice(None), *target)], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_group_norm_equals_linen():
+    rng = np.random.default_rng(0)
+    x = jnp.array(3 * rng.normal(size=(3, 6, 5, 24)) + 5, jnp.float32)
+    params = {name: jnp.array(rng.normal(size=24), jnp.float32) for name in ("scale", "bias")}
+    weights = jnp.array(rng.normal(size=x.shape), jnp.float32)
+
+    def value(module, params, x):
+        return jnp.sum(weights * jnp.tanh(module.apply({"params": params}, x)))
+
+    ours, linen = (
+        jax.jit(jax.value_and_grad(lambda p, x, m=m: value(m, p, x), argnums=(0, 1)))(params, x)
+        for m in (GroupNorm(groups=8), nn.GroupNorm(num_groups=8))
+    )
+    np.testing.assert_allclose(ours[0], linen[0], rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), ours[1], linen[1])
+
+
+def test_batch_norm_has_statistics():
+    model = UNet(num_classes=2, widths=(4, 6), norm="batch")
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
+    assert set(variables["batch_stats"]) == {"encoder", "decoder"}
+
+
+def test_errors_name_the_field():
+    with pytest.raises(ValueError, match=r"multiple of 4.*data\.patch_size"):
+        UNet(num_classes=2, widths=(4, 4, 4)).init(jax.random.key(0), jnp.zeros((1, 10, 8, 1)))
+    with pytest.raises(ValueError, match=r"contrast\.level=3"):
+        UNet(num_classes=2, widths=(4, 4, 4), feature_level=3).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
