@@ -1,0 +1,395 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import tiny
+
+from configs import base
+from sscl_jax import augment, experiment, parallel, train_step
+from sscl_jax.train_step import Contrast, Views
+
+STILL = Views(
+    geometry=dict(rotate=0.0, scale=(1.0, 1.0), shear=0.0, elastic=0.0, flip=(False, False), spread=0.0),
+    weak=dict(contrast=0.0, brightness=0.0, gamma=0.0),
+    strong=dict(contrast=0.0, brightness=0.0, gamma=0.0, bias=0.0, noise=0.0, blur=0.0),
+    cutmix_area=(0.25, 0.25),
+    cutmix_probability=0.0,
+)
+
+
+# -------------------------------------------------------------------------------------- weights and the moving average
+
+
+def test_sigmoid_ramp_by_hand():
+    ramp = train_step.sigmoid_ramp(2.0, 10)
+    for step, expected in ((0, 2 * np.exp(-5)), (5, 2 * np.exp(-1.25)), (10, 2.0), (99, 2.0)):
+        np.testing.assert_allclose(ramp(jnp.asarray(step)), expected, rtol=1e-6)
+    assert train_step.sigmoid_ramp(0.5, 0)(jnp.asarray(0)) == 0.5
+
+
+def test_update_teacher_by_hand():
+    teacher = {g: {"w": jnp.asarray(8.0)} for g in ("encoder", "decoder", "projector")}
+    expected = 8.0
+    # a_t = 0, 1/2, 2/3, 3/4, then the final 0.75.
+    for step, a in enumerate((0.0, 1 / 2, 2 / 3, 0.75, 0.75, 0.75)):
+        student = {g: {"w": jnp.asarray(float(step**2 + 1))} for g in teacher}
+        teacher = train_step.update_teacher(teacher, student, jnp.asarray(step), 0.75, "network")
+        expected = a * expected + (1 - a) * (step**2 + 1)
+        for group in teacher.values():
+            np.testing.assert_allclose(group["w"], expected, rtol=1e-6)
+
+
+def test_the_first_average_is_the_student_exactly():
+    random = np.random.default_rng(0)
+    student, teacher = ({"encoder": {"w": jnp.asarray(random.normal(size=50), "f4")}} for _ in range(2))
+    updated = train_step.update_teacher(teacher, student, jnp.asarray(0), 0.99, "network")
+    np.testing.assert_array_equal(updated["encoder"]["w"], student["encoder"]["w"])
+
+
+def test_scope_encoder_copies_the_rest():
+    teacher = {g: jnp.asarray(0.0) for g in ("encoder", "decoder", "projector")}
+    student = {g: jnp.asarray(1.0) for g in teacher}
+    updated = train_step.update_teacher(teacher, student, jnp.asarray(3), 0.99, "encoder")
+    assert {g: float(v) for g, v in updated.items()} == {"encoder": 0.25, "decoder": 1.0, "projector": 1.0}
+
+
+# ------------------------------------------------------------------------------------------------------------- pixels
+
+
+@pytest.mark.parametrize(("shape", "level"), [((8, 4), 1), ((8, 4), 2), ((8, 4), 0), ((4, 8, 2), 1)])
+def test_average_pool_by_brute_force(shape, level):
+    x = np.random.default_rng(0).normal(size=(2, *shape, 3)).astype("f4")
+    step = 2**level
+    small = [n // step for n in shape]
+    expected = np.empty((2, *small, 3))
+    for index in np.ndindex(*small):
+        block = x[(slice(None), *(slice(i * step, (i + 1) * step) for i in index))]
+        expected[(slice(None), *index)] = block.reshape(2, -1, 3).mean(1)
+    np.testing.assert_allclose(train_step.average_pool(jnp.asarray(x), level, len(shape)), expected, atol=1e-6)
+
+
+def test_mix_partners_by_brute_force():
+    random = np.random.default_rng(0)
+    box = random.random((4, 3, 5)) < 0.5
+    tree = {"image": random.normal(size=(4, 3, 5, 2)), "label": random.integers(0, 9, (4, 3, 5))}
+    mixed = jax.device_get(train_step.mix_partners(jax.tree.map(jnp.asarray, tree), jnp.asarray(box)))
+    for name, x in tree.items():
+        for i, r, c in np.ndindex(box.shape):
+            source = {0: 1, 1: 0, 2: 3, 3: 2}[i] if box[i, r, c] else i
+            np.testing.assert_allclose(mixed[name][i, r, c], x[source, r, c], rtol=1e-6)
+
+
+def options(**fields):
+    defaults = dict(sampler="region", level=1, temperature=0.1, queries=4, keys=4, threshold=0.5)
+    return Contrast(**defaults | dict(positives="pixels", cells=4, partitions=3) | fields)
+
+
+def test_describe_pixels_by_brute_force():
+    random = np.random.default_rng(0)
+    probs = random.dirichlet([0.3] * 3, (2, 8, 4)).astype("f4")
+    plane, depth = random.random((2, 8, 4, 2)).astype("f4"), random.random((2, 8, 4)).astype("f4")
+    plane[0, 1, 1], depth[0, 1, 1] = 1.0, 1.0  # the far edge belongs to the last cell
+    inside = random.random((2, 8, 4)) < 0.5
+    views = {"plane": jnp.asarray(plane), "depth": jnp.asarray(depth), "inside": jnp.asarray(inside)}
+    pixels = jax.device_get(train_step.describe_pixels(jnp.asarray(probs), views, options()))
+    for i in range(2):
+        for flat, (r, c) in enumerate(np.ndindex(4, 2)):
+            mean = probs[i, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].mean((0, 1))
+            centre = i, 2 * r + 1, 2 * c + 1
+            row, column = (min(int(p * 4), 3) for p in plane[centre])
+            assert pixels.anatomy[i, flat] == mean.argmax()
+            np.testing.assert_allclose(pixels.confidence[i, flat], mean.max(), rtol=1e-5)
+            assert pixels.cell[i, flat] == 4 * row + column
+            assert pixels.partition[i, flat] == min(int(depth[centre] * 3), 2)
+            assert pixels.inside[i, flat] == inside[centre]
+
+
+def test_a_block_across_a_border_is_not_confident():
+    labels = jnp.array([[[0, 0, 1, 1], [0, 1, 1, 1]]])
+    where = {"plane": jnp.zeros((1, 2, 4, 2)), "depth": jnp.zeros((1, 2, 4)), "inside": jnp.ones((1, 2, 4), bool)}
+    pixels = train_step.describe_pixels(jax.nn.one_hot(labels, 2), where, options())
+    np.testing.assert_allclose(pixels.confidence, [[0.75, 1.0]])
+
+
+# -------------------------------------------------------------------------------------------------------------- views
+
+
+def gridded_example(shape=(40, 36), extent=(30, 28)):
+    """An image whose two channels are its own row and column, so that a view tells where each pixel came from."""
+    rows, columns = np.meshgrid(*(np.arange(n, dtype="f4") for n in shape), indexing="ij")
+    label = np.random.default_rng(0).integers(0, 4, shape).astype("u1")
+    image = np.stack([rows, columns], -1)
+    return {"image": image, "label": label, "extent": np.array(extent, "f4"), "depth": np.array([0.3, 0.3], "f4")}
+
+
+def test_views_keep_image_label_and_position_aligned():
+    example = gridded_example()
+    geometry = dict(rotate=40.0, scale=(0.7, 1.4), shear=0.2, elastic=2.0, flip=(True, True), spread=1.0)
+    views = Views(geometry, STILL.weak, STILL.strong, (0.1, 0.5), 0.0)
+    draw = jax.jit(jax.vmap(lambda k: train_step.draw_views(k, example, views, (24, 20))))
+    drawn = jax.device_get(draw(jax.random.split(jax.random.key(1), 8)))
+    inside = drawn["inside"]
+    assert 0.2 < inside.mean() < 1  # some pixels lie in the padding
+    np.testing.assert_allclose(drawn["weak"], drawn["strong"], atol=1e-3)
+
+    came_from = drawn["weak"][inside]
+    nearest = np.floor(came_from + 0.5).astype(int)
+    clear = (np.abs(came_from + 0.5 - np.round(came_from + 0.5)) > 1e-3).all(-1)  # not on the edge of two pixels
+    expected = example["label"][nearest[:, 0], nearest[:, 1]]
+    np.testing.assert_array_equal(drawn["label"][inside][clear], expected[clear])
+
+    # Canvas 40 x 36 holds an image of 30 x 28, so it starts at pixel (5, 4); a pixel's centre is half a pixel in.
+    np.testing.assert_allclose(drawn["plane"][inside], (came_from - [5, 4] + 0.5) / [30, 28], atol=1e-4)
+    np.testing.assert_allclose(drawn["depth"], 0.3, rtol=1e-6)
+    low, high = drawn["plane"].min(), drawn["plane"].max()
+    assert low >= 0 and high <= 1
+
+
+def test_still_views_are_the_centred_crop():
+    example = gridded_example((10, 8), (10, 8))
+    drawn = jax.jit(lambda k: train_step.draw_views(k, example, STILL, (4, 4)))(jax.random.key(0))
+    rows, columns = np.meshgrid(np.arange(3, 7), np.arange(2, 6), indexing="ij")
+    np.testing.assert_allclose(drawn["weak"], np.stack([rows, columns], -1), atol=1e-4)
+    np.testing.assert_array_equal(drawn["label"], example["label"][3:7, 2:6])
+    assert drawn["inside"].all()
+
+
+def test_depth_of_a_volume_follows_its_first_axis(cheap):
+    example = {
+        "image": np.zeros((4, 4, 4, 1), "f4"), "extent": np.full(3, 4, "f4"), "depth": np.array([0, 1], "f4"),
+    }  # fmt: skip
+    views = Views({**STILL.geometry, "flip": (False,) * 3}, STILL.weak, STILL.strong, (0.1, 0.5), 0.0)
+    drawn = jax.jit(lambda k: train_step.draw_views(k, example, views, (4, 4, 4)))(jax.random.key(0))
+    np.testing.assert_allclose(drawn["depth"][:, 0, 0], [0.125, 0.375, 0.625, 0.875], rtol=1e-6)
+    assert drawn["plane"].shape == (4, 4, 4, 2)
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_cutmix_box_is_there_with_its_probability(probability):
+    views = Views(STILL.geometry, STILL.weak, STILL.strong, (0.25, 0.25), probability)
+    draw = jax.jit(jax.vmap(lambda k: train_step.draw_box(k, views, (16, 16))))
+    boxes = draw(jax.random.split(jax.random.key(0), 8))
+    share = np.asarray(boxes).mean((1, 2))
+    assert np.all(np.abs(share - 0.25 * probability) < 0.08 * probability + 1e-9)
+
+
+# ----------------------------------------------------------------------------------------------------------- the step
+
+
+def cheap_augmentation(patch):
+    """Replaces the augmentation by one that compiles in no time but still depends on every key.
+
+    A crop at a random whole pixel, and noise; the real one has its own tests and takes part in test_training.py.
+    """
+
+    def coordinates(key, *, shape, extent, patch, **_):
+        starts = jnp.stack([
+            jax.random.randint(jax.random.fold_in(key, a), (), 0, n - p + 1)
+            for a, (n, p) in enumerate(zip(shape, patch, strict=True))
+        ])  # fmt: skip
+        grid = jnp.meshgrid(*(jnp.arange(p, dtype=jnp.float32) for p in patch), indexing="ij")
+        return jnp.stack(grid, -1) + starts
+
+    patch.setattr(augment, "random_coordinates", coordinates)
+    patch.setattr(augment, "weak_intensity", lambda key, image, **_: image + 0.1 * jax.random.normal(key, ()))
+    patch.setattr(augment, "strong_intensity", lambda key, image, **_: image * (1 + 0.3 * jax.random.normal(key, ())))
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    cheap_augmentation(monkeypatch)
+
+
+def make_batch(config, num_classes=3, seed=0):
+    """Random blobs on a canvas a little larger than the patch."""
+    random = np.random.default_rng(seed)
+    canvas = tuple(n + 4 for n in config.data.patch_size)
+
+    def part(size, labeled):
+        label = random.integers(0, num_classes, (size, *(n // 4 for n in canvas)))
+        for axis in range(1, label.ndim):
+            label = label.repeat(4, axis)
+        image = label[..., None] + 0.3 * random.normal(size=(*label.shape, 1))
+        batch = {"image": image.astype("f4"), "extent": np.tile(np.array(canvas, "f4"), (size, 1))}
+        batch["depth"] = np.repeat(random.random((size, 1)), 2, 1).astype("f4")
+        return batch | ({"label": label.astype("u1")} if labeled else {})
+
+    return {"labeled": part(config.data.labeled_batch, True), "unlabeled": part(config.data.unlabeled_batch, False)}
+
+
+def small(method, **fields):
+    return tiny("none", method, **{"data.patch_size": (16, 16), "model.widths": (4, 8), "teacher.decay": 0.5} | fields)
+
+
+STEPS, STATES = {}, {}  # compiled steps and first states, by what they depend on
+
+
+def run(config, steps=2, devices=1, change=lambda state: state, key=""):
+    """States before and after each step, on the host, and metrics of the last.
+
+    By plain gradient descent: Adam would blow up the rounding of gradients that are almost 0. Steps of one config and
+    `key` are compiled once.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "make_optimizer", lambda config: optax.sgd(0.1))
+        model = json.dumps([experiment.plain_config(config.model), config.contrast.level, config.data.patch_size])
+        if model not in STATES:
+            STATES[model] = parallel.to_host(experiment.make_state(config, 3, 1))
+        chosen = jax.devices()[:devices]
+        patch.setattr(
+            parallel,
+            "parallel_step",
+            lambda step: jax.pmap(step, parallel.AXIS, in_axes=(None, 0), out_axes=(None, None), devices=chosen),
+        )
+        name = json.dumps([experiment.flat_config(config), devices, key])
+        if name not in STEPS:
+            STEPS[name] = experiment.make_step(config, 3)
+        patch.setattr(jax, "local_devices", lambda: chosen)
+        state = parallel.replicate(change(STATES[model]))
+    states = [parallel.to_host(state)]
+    for step in range(steps):
+        batch = make_batch(config, seed=step)
+        batch = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
+        state, metrics = STEPS[name](state, batch)
+        states.append(parallel.to_host(state))
+    return states, {name: float(total) / max(float(count), 1) for name, (total, count) in metrics.items()}
+
+
+def differ(one, other):
+    return any((a != b).any() for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+GROUPS = ("encoder", "decoder", "projector")
+PSEUDO_LABEL = {"pl_ce", "pl_dice", "pl_coverage"}
+# What each method reports beside the supervised terms, and options that it tries out on the way.
+EXPECTED = {
+    "supervised": (set(), {}),
+    "mean_teacher": ({"cons"}, {}),
+    "region": ({"con"}, {"data.patch_size": (8, 8, 8), "augment.flip": (False,) * 3}),
+    "anatomical": ({"con"}, {"contrast.positives": "means", "contrast.level": 0, "teacher.scope": "encoder"}),
+    "pseudo_label": (PSEUDO_LABEL, {"model.norm": "batch"}),
+    "region_pl": ({"con"} | PSEUDO_LABEL, {}),
+    "anatomical_pl": ({"con"} | PSEUDO_LABEL, {}),
+}
+
+
+def test_every_method_is_expected():
+    assert set(EXPECTED) == set(base.METHODS)
+
+
+@pytest.mark.parametrize("method", EXPECTED)
+def test_a_method_moves_student_and_teacher_and_reports_its_terms(method, cheap):
+    terms, fields = EXPECTED[method]
+    config = small(method, **fields)
+    states, metrics = run(config, steps=3)
+    assert set(metrics) == {"loss", "sup_ce", "sup_dice", "grad_norm"} | terms
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert metrics.get("con", 1) > 0 and metrics.get("pl_coverage", 1) > 0
+    assert [int(state.step) for state in states] == [0, 1, 2, 3]
+    for state in states:
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+    # A gradient reaches all that the method uses: the projector only where there is contrast.
+    moved = {group for group in GROUPS if differ(states[0].student[group], states[-1].student[group])}
+    assert moved == set(GROUPS if "con" in terms else GROUPS[:2])
+
+    # The teacher is the average of its old self and the new student, and nothing else: no gradient reaches it.
+    for t, (before, after) in enumerate(zip(states, states[1:], strict=False)):
+        a = np.float32(min(0.5, 1 - 1 / (t + 1)))
+        for group in GROUPS:
+            if config.teacher.scope == "encoder" and group != "encoder":
+                assert not differ(after.teacher[group], after.student[group])
+                continue
+            expected = jax.tree.map(lambda x, y, a=a: a * x + (1 - a) * y, before.teacher[group], after.student[group])
+            for x, y in zip(jax.tree.leaves(after.teacher[group]), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
+        expected = jax.tree.map(lambda x, y, a=a: a * x + (1 - a) * y, before.teacher_stats, after.student_stats)
+        for x, y in zip(jax.tree.leaves(after.teacher_stats), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
+    assert not differ(states[1].teacher, states[1].student)  # a_0 = 0, exactly
+    assert bool(jax.tree.leaves(states[0].student_stats)) == (config.model.norm == "batch")
+
+
+def test_the_supervised_step_ignores_the_teacher(cheap):
+    def disturb(state):
+        return state.replace(teacher=jax.tree.map(lambda x: x + 100.0, state.teacher))
+
+    config = small("supervised")
+    plain, disturbed = run(config)[0][-1], run(config, change=disturb)[0][-1]
+    assert not differ(plain.student, disturbed.student)
+
+
+def test_terms_of_weight_zero_leave_the_supervised_step(cheap, monkeypatch):
+    supervised, _ = run(small("supervised"))
+    monkeypatch.setattr(train_step, "sigmoid_ramp", lambda weight, steps: lambda step: 0.0 * step)
+    silent, metrics = run(small("anatomical_pl"), key="silent")
+    assert metrics["con"] > 0  # it was computed
+    for one, other in zip(supervised, silent, strict=True):
+        for a, b in zip(jax.tree.leaves(one.student), jax.tree.leaves(other.student), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_a_batch_with_nothing_confident_is_finite(cheap, monkeypatch):
+    config = small("anatomical_pl", **{"contrast.threshold": 1.0, "pseudo_label.threshold": 1.0})
+    # Not even a label is sure of its class.
+    monkeypatch.setattr(train_step, "average_pool", lambda x, level, rank: 0.5 * jnp.mean(x) + 0 * x[:, ::2, ::2])
+    states, metrics = run(config, steps=1, key="unsure")
+    assert metrics["con"] == 0 and metrics["pl_coverage"] == 0 and metrics["pl_ce"] == 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((states[-1], metrics)))
+
+
+# -------------------------------------------------------------------------------------------------- several devices
+
+
+SEVERAL = {
+    "anatomical_pl": ("anatomical_pl", {"consistency.weight": 1.0, "augment.cutmix_probability": 1.0}, 2),
+    "region_pl": ("region_pl", {"model.norm": "batch"}, 4),
+}
+
+
+@pytest.fixture(scope="module")
+def on_several_devices(tmp_path_factory):
+    """This file, run as a program with four virtual devices, writes what it found."""
+    output = tmp_path_factory.mktemp("devices") / "found.json"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join([str(root), str(root / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": path}
+    subprocess.run([sys.executable, __file__, str(output)], env=env, check=True)
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_devices_equal_one(name, on_several_devices):
+    found = on_several_devices[name]
+    assert found["moved"] > 1e-2
+    assert found["largest_difference"] < 1e-5
+    one, several = found["metrics"]
+    assert one.keys() == several.keys()
+    for term in one:
+        assert several[term] == pytest.approx(one[term], rel=1e-4, abs=1e-6), term
+
+
+def compare_devices(method, fields, devices):
+    config = small(method, **{"data.labeled_batch": 4, "data.unlabeled_batch": 8} | fields)
+    one, one_metrics = run(config, steps=3)
+    several, several_metrics = run(config, steps=3, devices=devices)
+    largest = lambda a, b: max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a, b)))  # noqa: E731
+    return {
+        "largest_difference": largest(one[-1], several[-1]),
+        "moved": largest(one[0].student, one[-1].student),
+        "metrics": [one_metrics, several_metrics],
+    }
+
+
+if __name__ == "__main__":
+    with pytest.MonkeyPatch.context() as main_patch:
+        cheap_augmentation(main_patch)
+        Path(sys.argv[1]).write_text(json.dumps({n: compare_devices(*values) for n, values in SEVERAL.items()}))
