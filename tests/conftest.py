@@ -3,12 +3,13 @@
 import json
 import os
 
-# Before jax is imported. The claims of equal bits are for the CPU, and LLVM's optimiser is half of the time it takes
-# to compile a step, on programs this small all for nothing.
+# Before jax is imported. The claims of equal bits are for the CPU. Optimised code takes XLA four times as long to
+# compile, and pays only in programs that run for longer than these.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+_FLAGS = ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *_FLAGS])
 
-import pytest
+import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +40,7 @@ def tiny(path, method="anatomical_pl", **fields):
     config.update_from_flattened_dict({
         "data.path": str(path), "data.labeled_patients": 2, "data.patch_size": (32, 32),
         "data.labeled_batch": 2, "data.unlabeled_batch": 2,
-        "model.widths": (4, 8, 8), "model.projection_dim": 8,
+        "model.widths": (8, 16, 16), "model.projection_dim": 8,
         "optimizer.warmup_steps": 5, "optimizer.learning_rate": 1e-2,
         "contrast.queries": 4, "contrast.keys": 4, "contrast.threshold": 0.5, "contrast.cells": 2,
         "contrast.ramp_steps": 10, "consistency.ramp_steps": 0, "pseudo_label.ramp_steps": 10,
@@ -59,9 +60,9 @@ def tiny_config(phantom_data):
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def compiled_once():
-    """Trainings of one config share what they compile; apart from time that changes nothing."""
+    """Trainings of one config share what they compile, within one file; apart from time that changes nothing."""
     from sscl_jax import evaluate, experiment
 
     def once(function, key):
@@ -79,9 +80,12 @@ def compiled_once():
         fields = {n: v for n, v in experiment.flat_config(config).items() if n not in experiment.FREE_FIELDS}
         return json.dumps([fields, others])
 
+    def by_model(config, *others):
+        return json.dumps([str(config.model), config.contrast.level, config.data.patch_size, config.seed, others])
+
     patch = pytest.MonkeyPatch()
     patch.setattr(experiment, "make_step", once(experiment.make_step, by_config))
-    patch.setattr(experiment, "make_state", once(experiment.make_state, by_config))
+    patch.setattr(experiment, "make_state", once(experiment.make_state, by_model))
     patch.setattr(evaluate, "make_predictor", once(evaluate.make_predictor, lambda *args: args))
     yield
     patch.undo()

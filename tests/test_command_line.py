@@ -1,0 +1,105 @@
+"""Whole runs in processes of their own, as a user types them."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel
+import pytest
+
+from sscl_jax.checkpoint import Checkpoints
+
+pytestmark = pytest.mark.end_to_end
+ROOT = Path(__file__).parents[1]
+
+
+def command(module, *arguments, devices=1):
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    env = os.environ | {"XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == code, out + err
+    return out, err
+
+
+def train(data, workdir, *more, method="anatomical_pl", devices=1):
+    fields = {
+        "data.path": data, "data.patch_size": "(32, 32)", "data.labeled_batch": 2, "data.unlabeled_batch": 4,
+        "model.widths": "(8, 16)", "steps": 40, "log_every": 5, "save_every": 20, "eval.every": 20,
+    }  # fmt: skip
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    config = f"--config=configs/phantom.py:{method}"
+    return command("sscl_jax.main", config, f"--workdir={workdir}", *flags, *more, devices=devices)
+
+
+def wait_for(path, process):
+    """Until `path` holds a row under its header, or the process ends."""
+    while process.poll() is None and not (path.is_file() and len(path.read_text().splitlines()) > 1):
+        time.sleep(0.02)
+
+
+def test_stop_on_two_devices_go_on_with_one_then_predict_and_evaluate(phantom_data, phantom_scans, tmp_path):
+    workdir = tmp_path / "run"
+    process = train(phantom_data, workdir, devices=2)
+    wait_for(workdir / "metrics.csv", process)
+    process.send_signal(signal.SIGTERM)
+    out, err = finish(process, 128 + signal.SIGTERM)
+    assert "2 device(s)" in out and "saved. Run the same command to go on." in out
+    assert "Traceback" not in err
+    stopped = Checkpoints(workdir, "last").steps()[-1]
+    assert 5 <= stopped < 40
+
+    out, err = finish(train(phantom_data, workdir))
+    assert "1 device(s)" in out and f"goes on from step {stopped}" in out and "val, teacher" in out
+    assert "Traceback" not in err and "Warning" not in err
+    with open(workdir / "metrics.csv", newline="") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps == list(range(5, 41, 5))
+    assert Checkpoints(workdir, "last").steps()[-1] == 40
+
+    scans = phantom_scans / "training" / "patient005"  # the val patient
+    scan = next(p for p in sorted(scans.glob("*.nii.gz")) if "_gt" not in p.name)
+    finish(command("sscl_jax.predict", f"--checkpoint={workdir}", f"--input={scan}", f"--output={tmp_path / 'masks'}"))
+    assert nibabel.load(tmp_path / "masks" / scan.name).shape == nibabel.load(scan).shape
+    out, _ = finish(command("sscl_jax.evaluate", f"--checkpoint={workdir}", f"--csv={tmp_path / 'cases.csv'}"))
+    with open(tmp_path / "cases.csv", newline="") as one, open(workdir / "val_cases.csv", newline="") as other:
+        assert list(csv.DictReader(one)) == list(csv.DictReader(other))  # what training measured
+
+
+# What only the command line can get wrong; all else is in test_training.py.
+MISTAKES = {
+    "field": (["--config=configs/phantom.py", "--config.data.labelled_patients=3"], "labelled_patients"),
+    "method": (["--config=configs/phantom.py:best"], "best"),
+    "config": (["--config=configs/none.py"], "configs/none.py"),
+    "type": (["--config=configs/phantom.py", "--config.steps=many"], "steps"),
+    "data": (["--config=configs/phantom.py", "--config.data.path=/no/such/data"], "/no/such/data"),
+    "argument": (["--config=configs/phantom.py", "stray"], "stray"),
+    "flag": (["--config=configs/phantom.py", "--wrkdir=x"], "wrkdir"),
+    "no config": ([], "config"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_ends_in_one_line(name, tmp_path):
+    arguments, word = MISTAKES[name]
+    out, err = finish(command("sscl_jax.main", f"--workdir={tmp_path / 'run'}", *arguments), 1)
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert lines[-1].startswith("error: ") and word in lines[-1], err
+    assert len(lines) == 1, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_must_divide_over_the_devices(phantom_data, tmp_path):
+    out, err = finish(train(phantom_data, tmp_path / "run", devices=3), 1)
+    assert "error: a batch of 2 does not divide over 3 devices" in err
+    assert len(err.splitlines()) == 1

@@ -1,0 +1,464 @@
+"""Whole trainings on tiny phantoms, within this process; what they compile they share."""
+
+import csv
+import itertools
+import os
+import shutil
+import signal
+
+import jax
+import nibabel
+import numpy as np
+import pytest
+from nibabel import orientations
+
+from configs import base
+from data_prep import acdc
+from sscl_jax import evaluate, experiment, predict, train
+from sscl_jax.checkpoint import Checkpoints
+from sscl_jax.data import nifti
+from sscl_jax.data.prepared import open_prepared
+from sscl_jax.data.recipe import Recipe
+from sscl_jax.data.sampling import Pool, assign_roles
+
+TIMES = ("seconds", "images_per_s")  # columns of metrics.csv that no two runs share
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_config, tmp_path_factory, compiled_once):
+    """A training that was never stopped, with its final tables."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    summaries = train.train(tiny_config(), workdir)
+    return workdir, summaries
+
+
+@pytest.fixture
+def no_tables(monkeypatch):
+    """The final tables take longer than so short a training."""
+    monkeypatch.setattr(train, "_final_tables", lambda *_: {})
+
+
+def rows_of(workdir):
+    with open(workdir / "metrics.csv", newline="") as file:
+        return [{n: v for n, v in row.items() if n not in TIMES} for row in csv.DictReader(file)]
+
+
+def state_of(workdir, config, kind="last"):
+    return Checkpoints(workdir, kind).restore(experiment.make_state(config, 4, 1))
+
+
+def assert_same_training(workdir, other, config):
+    """Bit for bit: all of the state, the best one too, and the table."""
+    for kind in ("last", "best"):
+        (state, meta), (expected, expected_meta) = (state_of(w, config, kind) for w in (workdir, other))
+        assert jax.tree.structure(state) == jax.tree.structure(expected)
+        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        assert meta["best"] == expected_meta["best"]
+    assert rows_of(workdir) == rows_of(other)
+
+
+# ----------------------------------------------------------------------------------------------------------- learning
+
+
+def test_the_loss_falls_and_dice_rises(trained):
+    workdir, summaries = trained
+    rows = rows_of(workdir)
+    # One row for each multiple of log_every; evaluations (every 40) fall on some of them.
+    assert [int(row["step"]) for row in rows] == list(range(10, 121, 10))
+    assert [int(row["step"]) for row in rows if row["val_dice"]] == [40, 80, 120]
+    supervised = [float(row["sup_ce"]) + float(row["sup_dice"]) for row in rows]
+    assert supervised[-1] < 0.5 * supervised[0]
+    dice = [float(row["val_dice"]) for row in rows if row["val_dice"]]
+    assert dice == sorted(dice) and dice[-1] > max(0.25, dice[0] + 0.05)
+    assert all(np.isfinite(float(value)) for row in rows for value in row.values() if value)
+    assert float(rows[0]["weight_contrast"]) < float(rows[-1]["weight_contrast"]) == pytest.approx(0.1)
+    assert set(summaries) == {"val"} and set(summaries["val"]) == {"student", "teacher"}
+
+
+def test_a_training_leaves_what_a_user_looks_at(trained):
+    workdir, _ = trained
+    assert (workdir / "config.json").is_file() and (workdir / "val_cases.csv").is_file()
+    assert list((workdir / "val_overlays").glob("*.png"))
+    assert list((workdir / "tensorboard").glob("events*"))
+    with open(workdir / "val_cases.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["network"], row["class"]) for row in rows} == {
+        (n, c) for n in ("student", "teacher") for c in ("right ventricle", "myocardium", "left ventricle")
+    }
+    assert Checkpoints(workdir, "last").steps()[-1] == 120
+
+
+def test_a_finished_training_run_again_changes_nothing(trained, tiny_config, no_tables):
+    workdir, _ = trained
+    before = rows_of(workdir)
+    train.train(tiny_config(), workdir)
+    assert rows_of(workdir) == before
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
+
+
+def interrupt(monkeypatch, how, *at):
+    """Calls `how` before the steps `at`, once before each."""
+    run, left = train.Batches.run, set(at)
+
+    def interrupted(self, start, stop):
+        for step, batch in run(self, start, stop):
+            if step in left:
+                left.remove(step)
+                how()
+            yield step, batch
+
+    monkeypatch.setattr(train.Batches, "run", interrupted)
+
+
+def crash():
+    raise RuntimeError("power cut")
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(trained, tiny_config, no_tables, tmp_path, monkeypatch, capsys):
+    config = tiny_config()
+    interrupt(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM), 33)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        train.train(config, tmp_path)
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is handler
+    # Python hands a signal over before the next step or a few steps later; then that step is saved.
+    (saved,) = set(Checkpoints(tmp_path, "last").steps()) - {25}
+    assert 34 <= saved <= 36
+    assert f"stopped by SIGTERM at step {saved}; saved" in capsys.readouterr().out
+    train.train(config, tmp_path)
+    assert f"goes on from step {saved}" in capsys.readouterr().out
+    assert_same_training(tmp_path, trained[0], config)
+
+
+def test_crashes_between_two_saves_change_no_bit(trained, tiny_config, no_tables, tmp_path, monkeypatch):
+    config = tiny_config()
+    # Before any save; after rows that no save holds; between an evaluation and the next save.
+    interrupt(monkeypatch, crash, 15, 62, 85)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="power cut"):
+            train.train(config, tmp_path)
+    train.train(config, tmp_path)
+    assert_same_training(tmp_path, trained[0], config)
+
+
+def test_a_damaged_last_checkpoint_costs_only_time(trained, tiny_config, no_tables, tmp_path):
+    config = tiny_config()
+    shutil.copytree(trained[0], tmp_path / "copy")
+    newest = tmp_path / "copy" / "checkpoints" / "last" / "120"
+    shutil.rmtree(newest / "meta")
+    with pytest.warns(UserWarning, match="last/120 cannot be read"):
+        train.train(config, tmp_path / "copy")
+    assert_same_training(tmp_path / "copy", trained[0], config)
+
+
+def test_another_config_in_the_same_workdir_is_refused(trained, tiny_config, no_tables):
+    workdir, _ = trained
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"optimizer\.learning_rate was 0\.01, is 0\.5") as error:
+        train.train(tiny_config(**{"optimizer.learning_rate": 0.5}), workdir)
+    assert "seed" not in str(error.value) and "--workdir" in str(error.value)
+    with pytest.raises(ValueError, match="model.widths|another network"):
+        train.train(tiny_config(**{"model.widths": (8, 16, 8)}), workdir)
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_other_data_in_the_same_workdir_are_refused(trained, tiny_config, no_tables, phantom_scans, tmp_path):
+    acdc.prepare(phantom_scans, tmp_path / "other", spacing=7.0)
+    with pytest.raises(ValueError, match="the prepared data are others"):
+        train.train(tiny_config(**{"data.path": str(tmp_path / "other")}), trained[0])
+
+
+def test_what_is_only_shown_may_change(trained, tiny_config, no_tables, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "copy")
+    train.train(tiny_config(log_every=7, save_every=3), tmp_path / "copy")
+
+
+# ----------------------------------------------------------------------------------------- labels that must not be read
+
+
+def delete(path):
+    path.unlink()
+
+
+def scramble(path):
+    image = nibabel.load(path)
+    noise = np.random.default_rng(0).integers(0, 4, image.shape).astype(np.uint8)
+    nibabel.save(nibabel.Nifti1Image(noise, image.affine, image.header), path)
+
+
+@pytest.mark.parametrize("change", [delete, scramble])
+def test_labels_of_unlabelled_patients_change_no_bit(
+    change, trained, tiny_config, no_tables, phantom_scans, phantom_data, tmp_path
+):
+    roles = assign_roles(open_prepared(phantom_data), 2)
+    unlabeled = {case.patient_id for case in roles.unlabeled}
+    assert len(unlabeled) == 2
+    shutil.copytree(phantom_scans, tmp_path / "scans")
+    masks = [p for name in unlabeled for p in (tmp_path / "scans" / "training" / name).glob("*_gt.nii.gz")]
+    assert len(masks) == 4
+    for path in masks:
+        change(path)
+    acdc.prepare(tmp_path / "scans", tmp_path / "prepared", splits=phantom_scans / "splits.json", spacing=6.0)
+    config = tiny_config(**{"data.path": str(tmp_path / "prepared")})
+    train.train(config, tmp_path / "run")
+    assert_same_training(tmp_path / "run", trained[0], config)
+
+
+def test_roles_are_disjoint_in_patients(phantom_data):
+    roles = assign_roles(open_prepared(phantom_data), 2)
+    parts = [{c.patient_id for c in part} for part in (roles.labeled, roles.unlabeled, roles.val, roles.test)]
+    assert all(parts)
+    assert sum(map(len, parts)) == len(set.union(*parts))
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_nan_in_a_scan_stops_and_names_it(tiny_config, no_tables, tmp_path, monkeypatch):
+    config = tiny_config()
+    read = Pool.batch
+    poisoned = "patient003"
+
+    def with_nan(self, indices):
+        batch = read(self, indices)
+        for row, name in enumerate(self.names(indices)):
+            if name.startswith(poisoned) and with_nan.armed:
+                batch["image"][row, 20, 20] = np.nan
+        return batch
+
+    with_nan.armed = False
+    monkeypatch.setattr(Pool, "batch", with_nan)
+    interrupt(monkeypatch, lambda: setattr(with_nan, "armed", True), 27)
+    with pytest.raises(FloatingPointError, match="not finite at step") as error:
+        train.train(config, tmp_path)
+    assert poisoned in str(error.value) and "learning_rate" in str(error.value)
+    state, _ = state_of(tmp_path, config)
+    assert int(state.step) == 25  # of the saves at 25 and 50, the one before the failure
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert all(np.isfinite(float(value)) for row in rows_of(tmp_path) for value in row.values() if value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data.labeled_patients": 0}, r"data\.labeled_patients=0: .* 4 training patients.*choose 1 to 4"),
+        ({"data.labeled_patients": 5}, r"data\.labeled_patients=5: .*choose 1 to 4"),
+        ({"data.labeled_patients": -1}, "leaves no unlabelled patient"),
+        ({"data.path": "/no/such/folder"}, r"/no/such/folder"),
+        ({"data.path": ""}, r"data\.path='': name the folder"),
+        ({"data.patch_size": (30, 32)}, r"data\.patch_size=\(30, 32\): each must be a multiple of 4"),
+        ({"data.unlabeled_batch": 3}, r"data\.unlabeled_batch=3: CutMix pairs images"),
+        ({"steps": 0}, "steps=0: must be at least 1"),
+        ({"contrast.level": 3}, r"contrast\.level=3: choose 0 to 2"),
+        ({"contrast.sampler": "both"}, "choose 'anatomical' or 'region'"),
+        ({"contrast.temperature": 0.0}, "must be positive"),
+        ({"teacher.scope": "decoder"}, "choose 'network' or 'encoder'"),
+        ({"teacher.decay": 1.0}, r"teacher\.decay=1\.0"),
+        ({"contrast.threshold": 1.5}, r"contrast\.threshold=1\.5: must lie in \[0, 1\]"),
+        ({"pseudo_label.weight": -1.0}, r"pseudo_label\.weight=-1\.0"),
+        ({"eval.overlap": 1.0}, r"eval\.overlap=1\.0"),
+        ({"model.norm": "layer"}, "choose 'group' or 'batch'"),
+    ],
+)
+def test_bad_configs_end_in_one_line(fields, message, tiny_config, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        train.train(tiny_config(**fields), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_does_not_divide_over_the_devices(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match="a batch of 2 does not divide over 4 devices.*multiples of 4"):
+        train.train(tiny_config(), tmp_path)
+
+
+def test_a_workdir_that_is_a_file(tiny_config, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(OSError, match="run cannot be written"):
+        train.train(tiny_config(), tmp_path / "run")
+
+
+# ---------------------------------------------------------------------------------------------------------- prediction
+
+
+def val_scans(phantom_scans, tmp_path):
+    """A folder with the val patient's scans alone, and one with its masks."""
+    scans, masks = tmp_path / "scans", tmp_path / "masks"
+    scans.mkdir()
+    masks.mkdir()
+    for path in (phantom_scans / "training" / "patient005").glob("*.nii.gz"):
+        shutil.copy(path, masks if path.name.endswith("_gt.nii.gz") else scans)
+    assert len(list(scans.iterdir())) == len(list(masks.iterdir())) == 2
+    return scans, masks
+
+
+def test_predict_then_evaluate_gives_the_figures_of_training(trained, phantom_scans, tmp_path):
+    workdir, _ = trained
+    scans, masks = val_scans(phantom_scans, tmp_path)
+    predict.main([f"--checkpoint={workdir}", f"--input={scans}", f"--output={tmp_path / 'out'}"])
+    for scan in scans.iterdir():
+        image, mask = nibabel.load(scan), nibabel.load(tmp_path / "out" / scan.name)
+        assert mask.shape == image.shape and mask.get_data_dtype() == np.uint8
+        np.testing.assert_array_equal(mask.affine, image.affine)
+        for code in ("qform_code", "sform_code", "xyzt_units"):
+            assert mask.header[code] == image.header[code]
+        assert set(np.unique(mask.dataobj)) <= {0, 1, 2, 3}
+
+    names, classes, measured = evaluate.evaluate_folders(tmp_path / "out", masks)
+    assert classes == ["0", "1", "2", "3"]
+    with open(workdir / "val_cases.csv", newline="") as file:
+        table = [row for row in csv.DictReader(file) if row["network"] == "teacher"]
+    assert sorted(names) == sorted({row["case"] for row in table})
+    for name, metrics in zip(names, measured, strict=True):
+        rows = [row for row in table if row["case"] == name]
+        assert [float(row["dice"]) for row in rows] == pytest.approx(metrics.dice.tolist(), rel=1e-5)
+        assert [float(row["hd95_mm"]) for row in rows] == pytest.approx(metrics.hd95.tolist(), rel=1e-5)
+    assert max(metrics.dice.max() for metrics in measured) > 0.2  # not empty
+
+
+def test_predict_reports_what_it_cannot_segment_and_goes_on(trained, phantom_scans, tmp_path, capsys):
+    workdir, _ = trained
+    scans, _ = val_scans(phantom_scans, tmp_path)
+    (scans / "broken.nii.gz").write_bytes(b"not a scan")
+    with pytest.raises(SystemExit, match="1 of 3 scans could not be segmented"):
+        predict.main([f"--checkpoint={workdir}", f"--input={scans}", f"--output={tmp_path / 'out'}"])
+    assert "broken.nii.gz" in capsys.readouterr().err
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_predict_never_replaces_a_scan(trained, phantom_scans, tmp_path, capsys):
+    scans, _ = val_scans(phantom_scans, tmp_path)
+    before = {p: p.read_bytes() for p in scans.iterdir()}
+    with pytest.raises(SystemExit, match="2 of 2"):
+        predict.main([f"--checkpoint={trained[0]}", f"--input={scans}", f"--output={scans}"])
+    assert {p: p.read_bytes() for p in scans.iterdir()} == before
+
+
+def test_predict_without_a_training_or_a_scan(trained, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="no .nii or .nii.gz file there"):
+        predict.main([f"--checkpoint={trained[0]}", f"--input={tmp_path / 'empty'}", f"--output={tmp_path}"])
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), "f4"), np.eye(4)), tmp_path / "a.nii")
+    with pytest.raises(SystemExit, match="holds no checkpoints"):
+        predict.main([f"--checkpoint={tmp_path}", f"--input={tmp_path / 'a.nii'}", f"--output={tmp_path / 'out'}"])
+
+
+# ------------------------------------------------------------------------------------------------------------ geometry
+
+RECIPE = Recipe(
+    orientation="SPL",
+    spacing=(None, 2.1, 1.7),
+    intensity="ct",
+    window=(0, 100),
+    label_values=(0, 10, 20, 40),
+    class_names=("background", "low", "front", "bright"),
+)
+
+
+class Stub:
+    """A network of fixed opinions: prediction depends on position in the prepared array and on intensity."""
+
+    recipe, config, variables = RECIPE, base.get_config(), None
+    meta = {"channels": 1}
+
+    @staticmethod
+    def predict(variables, image):
+        # Prepared arrays go from foot to head, from front to back, from right to left; here from 0 to 1.
+        d, h, w = np.meshgrid(*((np.arange(n) + 0.5) / n for n in image.shape[:3]), indexing="ij")
+        classes = np.zeros(image.shape[:3], int)
+        classes[(d < 0.4) & (w < 0.3)] = 1
+        classes[(h < 0.35) & (w > 0.6)] = 2
+        classes[image[..., 0] > 0.2] = 3
+        return np.eye(4, dtype=np.float32)[classes]
+
+
+def scan(seed=0, shape=(14, 11, 6)):
+    """(X, Y, Z) of a bright ellipsoid off the centre, in the window of `RECIPE`."""
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
+    centre = np.array([0.3, -0.4, 0.35]).reshape(3, 1, 1, 1)
+    smooth = 100 * np.exp(-3 * ((grid - centre) ** 2).sum(0))
+    return (smooth + np.random.default_rng(seed).uniform(0, 5, shape)).astype(np.int16)
+
+
+# From left to right, from back to front, from foot to head: what nibabel calls RAS.
+AFFINE = np.array([[1.5, 0, 0, -7], [0, 1.9, 0, 3], [0, 0, 5.0, 11], [0, 0, 0, 1]])
+
+
+def segment_array(array, affine, folder, dtype=None, **save):
+    image = nibabel.Nifti1Image(array, affine)
+    image.set_data_dtype(dtype or array.dtype)
+    for name, value in save.items():
+        image.header[name] = value
+    nibabel.save(image, folder / "scan.nii.gz")
+    predict.predict_file(Stub, Stub.predict, folder / "scan.nii.gz", folder / "mask.nii.gz")
+    mask = nibabel.load(folder / "mask.nii.gz")
+    np.testing.assert_allclose(mask.affine, affine, atol=1e-4)
+    return np.asarray(mask.dataobj)
+
+
+def test_the_stub_is_right_about_where_things_lie(tmp_path):
+    mask = segment_array(scan(), AFFINE, tmp_path)
+    assert set(np.unique(mask)) == {0, 10, 20, 40}
+    assert mask.shape == (14, 11, 6)
+    # `AFFINE` is RAS: the right side of the body is at high x, the front at high y, the head at high z.
+    assert mask[-1, 0, 0] == 10 and mask[0, -1, -1] == 20
+    assert mask[0, 0, 0] == 0 and mask[-1, 0, -1] == 0
+    brightest = np.unravel_index(scan().argmax(), mask.shape)
+    assert mask[brightest] == 40
+
+
+@pytest.mark.parametrize("axes", list(itertools.permutations(range(3))))
+def test_every_orientation_of_a_scan_gives_the_same_mask(axes, tmp_path):
+    expected = segment_array(scan(), AFFINE, tmp_path)
+    for flips in itertools.product((1, -1), repeat=3):
+        ornt = np.array(list(zip(axes, flips, strict=True)))
+        array = orientations.apply_orientation(scan(), ornt)
+        affine = AFFINE @ orientations.inv_ornt_aff(ornt, scan().shape)
+        mask = segment_array(array, affine, tmp_path)
+        assert mask.shape == array.shape
+        np.testing.assert_array_equal(mask, orientations.apply_orientation(expected, ornt))
+
+
+@pytest.mark.parametrize("angles", [(20, 0, 0), (0, -25, 10), (12, 15, -30)])
+def test_an_oblique_scan_is_segmented_along_its_own_axes(angles, tmp_path):
+    expected = segment_array(scan(), AFFINE, tmp_path)
+    rotation = np.eye(4)
+    for axis, angle in enumerate(np.deg2rad(angles)):
+        turn, (i, j) = np.eye(4), [a for a in range(3) if a != axis]
+        turn[i, i] = turn[j, j] = np.cos(angle)
+        turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
+        rotation = rotation @ turn
+    np.testing.assert_array_equal(segment_array(scan(), rotation @ AFFINE, tmp_path), expected)
+
+
+@pytest.mark.parametrize("dtype", ["int16", "uint16", "float32", "float64", "int32"])
+def test_the_mask_is_of_a_whole_number_type_whatever_the_scan_is(dtype, tmp_path):
+    expected = segment_array(scan(), AFFINE, tmp_path)
+    mask = segment_array(scan().astype(dtype), AFFINE, tmp_path, dtype)
+    np.testing.assert_array_equal(mask, expected)
+    header = nibabel.load(tmp_path / "mask.nii.gz").header
+    assert header.get_data_dtype() == np.uint8
+    assert header.get_slope_inter() in ((1.0, 0.0), (None, None))
+
+
+def test_a_scaled_header_does_not_scale_the_mask(tmp_path):
+    image = nibabel.Nifti1Image(scan().astype("f8") * 0.5 + 3, AFFINE)
+    image.header.set_data_dtype(np.int16)  # nibabel chooses a slope and an intercept
+    nibabel.save(image, tmp_path / "scan.nii")
+    predict.predict_file(Stub, Stub.predict, tmp_path / "scan.nii", tmp_path / "mask.nii")
+    assert nibabel.load(tmp_path / "scan.nii").dataobj.slope != 1
+    assert set(np.unique(nifti.read_label(tmp_path / "mask.nii")[0])) <= {0, 10, 20, 40}
+
+
+def test_a_4d_scan_is_segmented_frame_by_frame(tmp_path):
+    frames = [scan(), 100 - scan(1), scan(2) // 2]
+    expected = [segment_array(frame, AFFINE, tmp_path) for frame in frames]
+    mask = segment_array(np.stack(frames, -1), AFFINE, tmp_path)
+    np.testing.assert_array_equal(mask, np.stack(expected, -1))
