@@ -108,14 +108,20 @@ class CaseResult(NamedTuple):
 
 
 def keep_largest_component(classes: np.ndarray) -> np.ndarray:
-    """Leaves of each class but the largest part that hangs together (voxels may touch at a corner): (X, Y, Z)."""
-    result = classes.copy()
-    for c in np.unique(classes[classes > 0]):
-        parts, count = ndimage.label(classes == c, np.ones((3,) * classes.ndim))
-        if count > 1:
-            sizes = np.bincount(parts.ravel())
-            sizes[0] = 0
-            result[(parts > 0) & (parts != np.argmax(sizes))] = 0
+    """Leaves of the foreground its largest part, then of each class its largest part: (X, Y, Z) to the same.
+
+    For classes that are parts of one organ. The organ first: what looks like one of its parts elsewhere may be larger
+    than the part itself. Voxels hang together that touch, be it at a corner.
+    """
+
+    def largest(mask: np.ndarray) -> np.ndarray:
+        parts, count = ndimage.label(mask, np.ones((3,) * mask.ndim))
+        return parts == 1 + np.argmax(np.bincount(parts.ravel())[1:]) if count else mask
+
+    organ = np.where(largest(classes > 0), classes, 0)
+    result = np.zeros_like(classes)
+    for c in np.unique(organ[organ > 0]):
+        result[largest(organ == c)] = c
     return result
 
 

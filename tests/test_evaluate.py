@@ -53,15 +53,23 @@ def test_gaussian_window_is_separable_and_greatest_in_the_centre():
 
 
 def test_largest_component_by_hand():
-    classes = np.zeros((6, 6, 2), np.uint8)
+    classes = np.zeros((9, 6, 2), np.uint8)
     classes[:3, :3] = 1
-    classes[5, 5, 0] = 1  # a far island of class 1
-    classes[4, 0] = 2
-    classes[5, 1] = 2  # touches it at an edge: it belongs to it
-    kept = evaluate.keep_largest_component(classes)
+    classes[3, 3, 1] = 2  # touches class 1 at a corner
+    classes[2, 5, 0] = 1  # an island
+    classes[6:, :2] = 2  # a larger part of class 2, but not in the organ
     expected = classes.copy()
-    expected[5, 5, 0] = 0
-    np.testing.assert_array_equal(kept, expected)
+    expected[2, 5, 0] = 0
+    expected[6:] = 0
+    np.testing.assert_array_equal(evaluate.keep_largest_component(classes), expected)
+    classes[:3, :3, 0] = 2  # now the organ's class 2 has 9 voxels there, and one elsewhere that touches only class 1
+    classes[3, 3, 1] = 1
+    classes[4, 4, 1] = 2
+    expected = np.zeros_like(classes)
+    expected[:3, :3, 0], expected[:3, :3, 1], expected[3, 3, 1] = 2, 1, 1
+    np.testing.assert_array_equal(evaluate.keep_largest_component(classes), expected)
+    nothing = np.zeros((3, 3, 3), np.uint8)
+    np.testing.assert_array_equal(evaluate.keep_largest_component(nothing), nothing)
 
 
 def write(path, array, affine=None):
