@@ -274,7 +274,7 @@ EXPECTED = {
     "mean_teacher": ({"cons"}, {}),
     "region": ({"con"}, {"data.patch_size": (8, 8, 8), "augment.flip": (False,) * 3}),
     "anatomical": ({"con"}, {"contrast.positives": "means", "contrast.level": 0, "teacher.scope": "encoder"}),
-    "pseudo_label": (PSEUDO_LABEL, {"model.norm": "batch"}),
+    "pseudo_label": (PSEUDO_LABEL, {"model.norm": "batch", "pseudo_label.threshold": 0.3}),
     "region_pl": ({"con"} | PSEUDO_LABEL, {}),
     "anatomical_pl": ({"con"} | PSEUDO_LABEL, {}),
 }
@@ -350,7 +350,7 @@ def test_a_batch_with_nothing_confident_is_finite(cheap, monkeypatch):
 
 SEVERAL = {
     "anatomical_pl": ("anatomical_pl", {"consistency.weight": 1.0, "augment.cutmix_probability": 1.0}, 2),
-    "region_pl": ("region_pl", {"model.norm": "batch"}, 4),
+    "region_pl": ("region_pl", {"model.norm": "batch", "pseudo_label.threshold": 0.3}, 4),
 }
 
 
@@ -372,7 +372,7 @@ def test_several_devices_equal_one(name, on_several_devices):
     assert found["moved"] > 1e-2
     assert found["largest_difference"] < 1e-5
     one, several = found["metrics"]
-    assert one.keys() == several.keys()
+    assert one.keys() == several.keys() and one["pl_coverage"] > 0 and one["con"] > 0
     for term in one:
         assert several[term] == pytest.approx(one[term], rel=1e-4, abs=1e-6), term
 
