@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sscl_jax import parallel
@@ -27,6 +27,7 @@ def main(argv: list[str]) -> None:
     """Trains; what the user can mend ends in one line and exit status 1."""
     if len(argv) > 1:
         sys.exit(f"error: unknown argument {argv[1]!r}: flags start with --; see --help.")
+    logging.set_verbosity(logging.WARNING)  # jax and Orbax tell every step of their work at INFO
     try:
         parallel.initialise_hosts(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         from sscl_jax import train  # the devices are known from here on
