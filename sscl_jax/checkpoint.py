@@ -53,8 +53,9 @@ class Checkpoints:
             if not self._manager.save(step, args=arguments):
                 raise RuntimeError(f"a later one exists: {self.steps()}")
         except Exception as error:  # Orbax and tensorstore raise ValueError for a full disk
+            reason = "no space left on device" if "No space left" in str(error) else _first_line(error)
             raise OSError(
-                f"{self.folder}: checkpoint {step} could not be written ({_first_line(error)}). Free some space "
+                f"{self.folder}: checkpoint {step} could not be written ({reason}). Free some space "
                 "or choose another --workdir, then run the same command again: it goes on from the last one."
             ) from error
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import logsumexp
 
 from sscl_jax import contrast
 
@@ -21,9 +22,9 @@ def loop_info_nce(queries, keys, positive, negative, temperature):
             continue
         for p in positives:
             others = [p, *negatives]
-            weights = np.array([np.exp((q @ keys[j]) / temperature) for j in others])
-            weights /= weights.sum()
-            losses[i] -= np.log(weights[0]) / len(positives)
+            scores = np.array([q @ keys[j] / temperature for j in others])
+            weights = np.exp(scores - logsumexp(scores))
+            losses[i] += (logsumexp(scores) - scores[0]) / len(positives)
             expected = sum(w * keys[j] for w, j in zip(weights, others, strict=True))
             gradient[i] += (expected - keys[p]) / temperature / len(positives)
     return losses, gradient
@@ -57,15 +58,24 @@ def test_info_nce_equals_the_double_loop(temperature):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**30), st.sampled_from([0.0, 1.0, 1e4]), st.sampled_from([0.0, 0.3, 1.0]))
-def test_info_nce_is_finite_whatever_the_masks(seed, size, share):
+@given(
+    st.integers(0, 2**30),
+    st.sampled_from([(4, 6), (1, 1), (0, 3), (3, 0)]),
+    st.sampled_from([0.0, 1.0, 1e4]),
+    st.sampled_from([0.0, 0.3, 1.0]),
+)
+def test_info_nce_is_right_whatever_the_shapes_and_masks(seed, shape, size, share):
     rng = np.random.default_rng(seed)
-    queries, keys = size * unit(rng, 4, 3), unit(rng, 6, 3)
-    positive = rng.random((4, 6)) < share
-    negative = (rng.random((4, 6)) < share) & ~positive
+    queries, keys = size * unit(rng, shape[0], 3), unit(rng, shape[1], 3)
+    positive = rng.random(shape) < share
+    negative = (rng.random(shape) < share) & ~positive
     value, gradient = loss_and_gradient(queries, keys, positive, negative, 0.01)
-    assert np.isfinite(value) and value >= 0
     assert np.isfinite(gradient).all()
+    assert not np.asarray(gradient)[~(positive.any(1) & negative.any(1))].any()
+    # Scores reach size / 0.01, each rounded to float32's seven digits.
+    losses, _ = loop_info_nce(queries, keys, positive, negative, 0.01)
+    np.testing.assert_allclose(value, losses.sum(), rtol=1e-4, atol=1e-3 + 1e-4 * size)
+    assert value >= 0
 
 
 def test_sampling_takes_eligible_members_once():
@@ -102,46 +112,68 @@ def example_pixels(seed=0, batch=3, pixels=40, classes=3):
     rng = np.random.default_rng(seed)
     return contrast.Pixels(
         anatomy=jnp.array(rng.integers(0, classes, (batch, pixels))),
-        confidence=jnp.array(rng.random((batch, pixels)), jnp.float32),
+        confidence=jnp.array(rng.integers(0, 5, (batch, pixels)) / 4, jnp.float32),  # often exactly a threshold
         cell=jnp.array(rng.integers(0, 4, (batch, pixels))),
         partition=jnp.array(rng.integers(0, 2, (batch, pixels))),
         inside=jnp.array(rng.random((batch, pixels)) < 0.8),
     )
 
 
-def test_anatomical_draw_and_pairs_equal_loops():
-    pixels = example_pixels()
-    keys = jax.random.split(jax.random.key(0), 3)
-    drawn = contrast.anatomical_draw(keys, pixels, num_classes=3, count=4, threshold=0.5)
-    positive, negative = (np.asarray(mask) for mask in contrast.anatomical_pairs(drawn, drawn))
+def check_drawn(drawn, pixels, group, eligible, count):
+    """Each image gives of each group `count` eligible pixels, or all, once each, with what is known of them."""
     drawn, pixels = jax.tree.map(np.asarray, (drawn, pixels))
-    n = len(drawn.valid)
-    assert n == 3 * 3 * 4
-    for i in range(n):
-        at = (int(drawn.image[i]), int(drawn.pixel[i]))
-        if drawn.valid[i]:
-            assert pixels.confidence[at] >= 0.5 and pixels.inside[at]
-            assert drawn.anatomy[i] == pixels.anatomy[at]
-            assert drawn.cell[i] == pixels.cell[at] and drawn.partition[i] == pixels.partition[at]
-    for i in range(n):
-        for j in range(n):
-            both = bool(drawn.valid[i] and drawn.valid[j])
-            same = bool(drawn.anatomy[i] == drawn.anatomy[j])
-            assert positive[i, j] == (both and same) and negative[i, j] == (both and not same)
+    taken = [(int(i), int(p)) for i, p, v in zip(drawn.image, drawn.pixel, drawn.valid, strict=True) if v]
+    assert len(set(taken)) == len(taken)
+    for image, row in enumerate(group):
+        for g in range(group.max() + 1):
+            members = {(image, p) for p in range(len(row)) if row[p] == g and eligible[image, p]}
+            assert len(members & set(taken)) == min(count, len(members))
+    assert all(eligible[at] for at in taken)
+    for name in ("anatomy", "cell", "partition"):
+        expected = [getattr(pixels, name)[at] for at in zip(drawn.image, drawn.pixel, strict=True)]
+        np.testing.assert_array_equal(getattr(drawn, name), expected)
 
 
-def test_region_pairs_equal_loops():
-    pixels = example_pixels(1)
-    keys = jax.random.split(jax.random.key(0), 3)
-    drawn = contrast.region_draw(keys, pixels, num_cells=4, count=2)
-    positive, negative = (np.asarray(mask) for mask in contrast.region_pairs(drawn, drawn))
-    cell, partition, valid = (np.asarray(x) for x in (drawn.cell, drawn.partition, drawn.valid))
-    assert valid.any()
-    for i in range(len(valid)):
-        for j in range(len(valid)):
-            both, same = valid[i] and valid[j], cell[i] == cell[j]
-            assert positive[i, j] == (both and same and partition[i] == partition[j])
-            assert negative[i, j] == (both and not same)
+def test_anatomical_draw_and_pairs_equal_loops():
+    draw = dict(num_classes=3, threshold=0.5)
+    views = example_pixels(), example_pixels(5)
+    seeds = jax.random.split(jax.random.key(0), 6)
+    queries = contrast.anatomical_draw(seeds[:3], views[0], count=4, **draw)
+    keys = contrast.anatomical_draw(seeds[3:], views[1], count=4, **draw)
+    for drawn, pixels in zip((queries, keys), views, strict=True):
+        assert len(drawn.valid) == 3 * 3 * 4
+        eligible = np.asarray(pixels.inside) & (np.asarray(pixels.confidence) >= 0.5)
+        check_drawn(drawn, pixels, np.asarray(pixels.anatomy), eligible, 4)
+    positive, negative = (np.asarray(mask) for mask in contrast.anatomical_pairs(queries, keys))
+    q, k = jax.tree.map(np.asarray, (queries, keys))
+    assert not q.valid.all() and not k.valid.all()
+    for i, j in np.ndindex(positive.shape):
+        both, same = bool(q.valid[i] and k.valid[j]), bool(q.anatomy[i] == k.anatomy[j])
+        assert positive[i, j] == (both and same) and negative[i, j] == (both and not same)
+
+
+def test_region_draw_and_pairs_equal_loops():
+    views = example_pixels(1), example_pixels(4, pixels=30)
+    seeds = jax.random.split(jax.random.key(0), 6)
+    queries = contrast.region_draw(seeds[:3], views[0], num_cells=4, count=8)
+    keys = contrast.region_draw(seeds[3:], views[1], num_cells=4, count=8)
+    for drawn, pixels in zip((queries, keys), views, strict=True):
+        check_drawn(drawn, pixels, np.asarray(pixels.cell), np.asarray(pixels.inside), 8)
+    positive, negative = (np.asarray(mask) for mask in contrast.region_pairs(queries, keys))
+    q, k = jax.tree.map(np.asarray, (queries, keys))
+    assert not q.valid.all() and not k.valid.all()
+    for i, j in np.ndindex(positive.shape):
+        both, same = q.valid[i] and k.valid[j], q.cell[i] == k.cell[j]
+        assert positive[i, j] == (both and same and q.partition[i] == k.partition[j])
+        assert negative[i, j] == (both and not same)
+
+
+def test_each_image_draws_with_its_own_key():
+    pixels = jax.tree.map(lambda x: jnp.stack([x[0]] * 3), example_pixels(1))
+    first, other = jax.random.split(jax.random.key(0))
+    drawn = contrast.region_draw(jnp.stack([first, other, first]), pixels, num_cells=4, count=3)
+    rows = np.asarray(drawn.pixel).reshape(3, -1)
+    assert (rows[0] == rows[2]).all() and (rows[0] != rows[1]).any()
 
 
 def test_class_means_are_the_only_positives():
@@ -155,15 +187,16 @@ def test_class_means_are_the_only_positives():
     for c in range(3):
         mean = vectors[np.asarray(drawn.valid & (drawn.anatomy == c))].mean(0)
         np.testing.assert_allclose(keys[c], mean / np.linalg.norm(mean), rtol=1e-5, atol=1e-6)
-    assert not extended.valid[3]  # no pixel has class 3
+    assert not extended.valid[3] and np.isfinite(keys[3]).all()  # no pixel has class 3
     positive, negative = contrast.anatomical_pairs(drawn, extended, 4)
     assert not positive[:, 4:].any() and not negative[:, :4].any()
     for i in np.flatnonzero(drawn.valid):
         assert list(np.flatnonzero(positive[i])) == [int(drawn.anatomy[i])]
 
 
+@pytest.mark.parametrize("means", [False, True])
 @pytest.mark.parametrize("case", ["absent from an image", "one class", "none above the threshold", "all padding"])
-def test_batches_with_little_in_them(case):
+def test_batches_with_little_in_them(case, means):
     pixels = example_pixels(3)
     if case == "absent from an image":
         pixels = pixels._replace(anatomy=pixels.anatomy.at[0].set(0))
@@ -177,8 +210,9 @@ def test_batches_with_little_in_them(case):
         jax.random.split(jax.random.key(0), 3), pixels, num_classes=3, count=4, threshold=0.5
     )
     vectors = jnp.array(unit(np.random.default_rng(0), len(drawn.valid), 5))
-    positive, negative = contrast.anatomical_pairs(drawn, drawn)
-    value, gradient = loss_and_gradient(vectors, vectors, positive, negative, 0.1)
+    keys, extended = contrast.with_class_means(vectors, drawn, 3) if means else (vectors, drawn)
+    positive, negative = contrast.anatomical_pairs(drawn, extended, 3 if means else 0)
+    value, gradient = loss_and_gradient(vectors, keys, positive, negative, 0.1)
     assert np.isfinite(value) and np.isfinite(gradient).all()
     assert (value > 0) == (case == "absent from an image")
 

@@ -12,6 +12,9 @@ def test_cross_entropy_equals_optax():
     logits, labels = rng.normal(size=(2, 5, 6, 4)).astype(np.float32), rng.integers(0, 4, (2, 5, 6))
     expected = optax.softmax_cross_entropy_with_integer_labels(jnp.array(logits), jnp.array(labels))
     np.testing.assert_allclose(losses.cross_entropy(jnp.array(logits), jnp.array(labels)), expected, rtol=1e-5)
+    gradient = jax.grad(lambda x: losses.cross_entropy(x, jnp.array(labels)).sum())(jnp.array(logits))
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(gradient, probs - np.eye(4)[labels], rtol=1e-4, atol=1e-6)
 
 
 def test_soft_dice_by_hand():
@@ -22,6 +25,13 @@ def test_soft_dice_by_hand():
     np.testing.assert_allclose(total, [1.2 + 1, 0.8 + 1, 0.0], rtol=1e-6)
     expected = [1 - (1.6 + 1) / (2.2 + 1), 1 - (1.2 + 1) / (1.8 + 1), 0.0]  # the third class is absent: no loss
     np.testing.assert_allclose(losses.soft_dice_loss(jnp.stack([overlap, total])), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_pixel_counts_in_soft_dice_by_its_weight():
+    probs = jnp.array([[0.75, 0.25], [0.5, 0.5]])
+    overlap, total = losses.dice_sums(probs, jnp.array([0, 1]), jnp.array([0.5, 0.25]))
+    np.testing.assert_allclose(overlap, [0.375, 0.125], rtol=1e-6)
+    np.testing.assert_allclose(total, [0.5 * 1.75 + 0.25 * 0.5, 0.5 * 0.25 + 0.25 * 1.5], rtol=1e-6)
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from sscl_jax.models import UNet
-from sscl_jax.models.unet import GroupNorm, depth_to_space, max_pool
+from sscl_jax.models.unet import GroupNorm, Normalise, depth_to_space, max_pool
 
 
 @pytest.mark.parametrize(("shape", "level"), [((2, 16, 8, 1), 1), ((1, 8, 8, 16, 2), 2), ((1, 8, 8, 1), 0)])
@@ -73,10 +73,71 @@ def test_group_norm_equals_linen():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), ours[1], linen[1])
 
 
-def test_batch_norm_has_statistics():
+@pytest.mark.parametrize("value", [0.0, 1000.3])
+def test_group_norm_of_a_constant_is_finite(value):
+    x = jnp.full((1, 4, 4, 16), value)
+    params = {"scale": jnp.ones(16), "bias": jnp.full(16, 0.5)}
+    result, gradient = jax.value_and_grad(lambda x: GroupNorm(groups=8).apply({"params": params}, x).sum())(x)
+    assert np.isfinite(gradient).all()
+    np.testing.assert_allclose(result, 0.5 * x.size, rtol=0.3)
+
+
+@pytest.mark.parametrize(("width", "groups"), [(12, 6), (20, 5), (7, 7), (11, 1)])
+def test_any_width_has_groups(width, groups):
+    x = jnp.array(np.random.default_rng(0).normal(size=(2, 4, 3, width)), jnp.float32)
+    got, _ = Normalise("group", None).init_with_output(jax.random.key(0), x, True)
+    parts = np.asarray(x).reshape(2, 12, groups, -1)
+    mean, var = parts.mean((1, 3), keepdims=True), parts.var((1, 3), keepdims=True)
+    np.testing.assert_allclose(got, ((parts - mean) / np.sqrt(var + 1e-6)).reshape(x.shape), rtol=1e-3, atol=1e-4)
+
+
+def convolved(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_network_equals_the_one_written_out(level):
+    model = UNet(num_classes=3, widths=(4, 16), feature_level=level, projection_dim=5)
+    rng = np.random.default_rng(0)
+    x = jnp.array(rng.normal(size=(2, 4, 6, 1)), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda p: jnp.array(rng.normal(size=p.shape), jnp.float32), shapes)
+
+    def block(x, block):
+        for i in range(2):
+            x = convolved(x, block[f"Conv_{i}"]["kernel"])
+            norm = block[f"Normalise_{i}"]["GroupNorm_0"]
+            x = nn.GroupNorm(num_groups=min(8, x.shape[-1])).apply({"params": norm}, x)
+            x = jnp.where(x > 0, x, 0.01 * x)
+        return x
+
+    encoder, decoder = params["encoder"], params["decoder"]
+    fine = block(x, encoder["ConvBlock_0"])
+    coarse = block(fine.reshape(2, 2, 2, 3, 2, 4).max((2, 4)), encoder["ConvBlock_1"])
+    dense = np.asarray(coarse @ decoder["Dense_0"]["kernel"] + decoder["Dense_0"]["bias"])
+    up = np.empty((2, 4, 6, 4), np.float32)
+    for i, j in np.ndindex(2, 2):
+        up[:, i::2, j::2] = dense[..., 4 * (2 * i + j) :][..., :4]
+    last = block(jnp.concatenate([fine, up], -1), decoder["ConvBlock_0"])
+    logits, features = model.apply({"params": params}, x)
+    expected = last @ decoder["Dense_1"]["kernel"] + decoder["Dense_1"]["bias"]
+    np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(features, (last, coarse)[level], rtol=1e-3, atol=1e-3)
+
+
+def test_batch_norm_follows_the_batch_in_training_and_its_statistics_after():
     model = UNet(num_classes=2, widths=(4, 6), norm="batch")
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
+    x = jnp.array(np.random.default_rng(0).normal(size=(2, 4, 4, 1)), jnp.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     assert set(variables["batch_stats"]) == {"encoder", "decoder"}
+    train = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))
+    _, changed = train(variables, x)
+    first = changed["batch_stats"]["encoder"]["ConvBlock_0"]["Normalise_0"]["BatchNorm_0"]
+    y = convolved(x, variables["params"]["encoder"]["ConvBlock_0"]["Conv_0"]["kernel"])
+    np.testing.assert_allclose(first["mean"], 0.1 * y.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(first["var"], 0.9 + 0.1 * y.var((0, 1, 2)), rtol=1e-4)
+    before, after = (model.apply(v, x)[0] for v in (variables, variables | changed))
+    assert np.abs(before - after).max() > 1e-3
 
 
 def test_errors_name_the_field():
@@ -84,3 +145,7 @@ def test_errors_name_the_field():
         UNet(num_classes=2, widths=(4, 4, 4)).init(jax.random.key(0), jnp.zeros((1, 10, 8, 1)))
     with pytest.raises(ValueError, match=r"contrast\.level=3"):
         UNet(num_classes=2, widths=(4, 4, 4), feature_level=3).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    with pytest.raises(ValueError, match=r"model\.norm='instance'"):
+        UNet(num_classes=2, widths=(4,), feature_level=0, norm="instance").init(
+            jax.random.key(0), jnp.zeros((1, 8, 8, 1))
+        )

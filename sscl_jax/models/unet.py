@@ -53,7 +53,9 @@ class Normalise(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         if self.kind == "group":
-            return GroupNorm(groups=min(8, x.shape[-1]))(x)
+            # Eight groups, or the next lower number that divides the channels.
+            groups = max(n for n in range(1, 9) if x.shape[-1] % n == 0)
+            return GroupNorm(groups=groups)(x)
         if self.kind == "batch":
             # Collectives are only wanted (and only possible) in the pmapped step.
             axis_name = None if self.is_initializing() else self.axis_name
