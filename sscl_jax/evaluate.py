@@ -248,7 +248,7 @@ def mask_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Pat
         for suffix in ("_gt", "_label", "_seg"):
             stem = stem.removesuffix(suffix)
         partner = name if name in predicted else stem
-        if stem == name and name not in predicted and any(f"{name}{s}" in found for s in ("_gt", "_label", "_seg")):
+        if any(f"{name}{s}" in found for s in ("_gt", "_label", "_seg")):
             continue  # the scan itself, beside its reference
         if partner not in predicted:
             raise FileNotFoundError(f"{path}: {predictions} has no prediction {partner}.nii.gz for it.")
