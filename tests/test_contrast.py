@@ -138,12 +138,12 @@ def test_anatomical_draw_and_pairs_equal_loops():
     draw = dict(num_classes=3, threshold=0.5)
     views = example_pixels(), example_pixels(5)
     seeds = jax.random.split(jax.random.key(0), 6)
-    queries = contrast.anatomical_draw(seeds[:3], views[0], count=4, **draw)
-    keys = contrast.anatomical_draw(seeds[3:], views[1], count=4, **draw)
+    queries = contrast.anatomical_draw(seeds[:3], views[0], count=8, **draw)
+    keys = contrast.anatomical_draw(seeds[3:], views[1], count=8, **draw)
     for drawn, pixels in zip((queries, keys), views, strict=True):
-        assert len(drawn.valid) == 3 * 3 * 4
+        assert len(drawn.valid) == 3 * 3 * 8
         eligible = np.asarray(pixels.inside) & (np.asarray(pixels.confidence) >= 0.5)
-        check_drawn(drawn, pixels, np.asarray(pixels.anatomy), eligible, 4)
+        check_drawn(drawn, pixels, np.asarray(pixels.anatomy), eligible, 8)
     positive, negative = (np.asarray(mask) for mask in contrast.anatomical_pairs(queries, keys))
     q, k = jax.tree.map(np.asarray, (queries, keys))
     assert not q.valid.all() and not k.valid.all()
