@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sscl_jax.data import sampling
 from sscl_jax.data.prepared import Case
 from sscl_jax.data.recipe import Grid
 from sscl_jax.data.sampling import Pool, assign_roles, canvas_shape, sample_order
@@ -26,12 +27,17 @@ def case(index, patient, split="train", shape=(3, 8, 10), has_label=True):
     return Case(**{field.name: fields[field.name] for field in dataclasses.fields(Case) if field.name in fields})
 
 
+SPLITS = ("train", "val", "test")
+
+
 def dataset(cases):
-    order = {split: list(dict.fromkeys(c.patient_id for c in cases if c.split == split)) for split in ("train", "val")}
+    order = {split: list(dict.fromkeys(c.patient_id for c in cases if c.split == split)) for split in SPLITS}
     return SimpleNamespace(name="toy", cases=cases, patients=order, path=Path("toy"))
 
 
 COHORT = [case(2 * i + frame, f"p{i}") for i in range(6) for frame in range(2)] + [case(12, "v0", "val")]
+# Cases of no use to a decision, and a test patient.
+HELD_OUT = [case(13, "v1", "val", has_label=False), case(14, "t0", "test"), case(15, "t1", "test", has_label=False)]
 
 
 def patients(cases):
@@ -39,11 +45,27 @@ def patients(cases):
 
 
 def test_roles_are_disjoint_in_patients_and_take_the_first():
-    roles = assign_roles(dataset(COHORT), 2)
+    roles = assign_roles(dataset(COHORT + HELD_OUT[:1]), 2)
     assert patients(roles.labeled) == {"p0", "p1"} and len(roles.labeled) == 4
     assert patients(roles.unlabeled) == {"p2", "p3", "p4", "p5"} and len(roles.unlabeled) == 8
     assert patients(roles.val) == {"v0"} and not roles.test and not roles.left_out
     assert patients(assign_roles(dataset(COHORT), -1).labeled) == {f"p{i}" for i in range(6)}
+
+
+def test_only_cases_with_a_label_are_measured():
+    roles = assign_roles(dataset(COHORT + HELD_OUT), 2)
+    assert [c.index for c in roles.val] == [12] and [c.index for c in roles.test] == [14]
+    parts = [patients(p) for p in (roles.labeled, roles.unlabeled, roles.val, roles.test)]
+    assert sum(map(len, parts)) == len(set().union(*parts)) == 8
+
+
+def test_the_first_are_the_first_of_the_split_s_list_who_have_a_label():
+    toy = dataset([dataclasses.replace(c, has_label=c.patient_id != "p4") for c in COHORT])
+    toy.patients["train"] = ["p4", "p5", "p0", "p3", "p1", "p2"]
+    roles = assign_roles(toy, 2)
+    assert patients(roles.labeled) == {"p5", "p0"} and patients(roles.unlabeled) == {"p1", "p2", "p3", "p4"}
+    with pytest.raises(ValueError, match="toy has 5 training patients"):
+        assign_roles(toy, 6)
 
 
 @pytest.mark.parametrize("number", [0, 7, -2])
@@ -81,6 +103,14 @@ def test_every_sample_comes_once_in_each_pass(seed, batch, size):
         assert sorted(stream[first : first + size]) == list(range(size))
 
 
+def test_the_order_of_a_step_depends_on_nothing_before_it():
+    order = [sample_order(7, 1, step, 4, 10).tolist() for step in range(12)]
+    sampling._shuffled.cache_clear()
+    assert [sample_order(7, 1, step, 4, 10).tolist() for step in reversed(range(12))] == order[::-1]
+    passes = np.concatenate(order)[:40].reshape(4, 10)
+    assert len({tuple(row) for row in passes}) == 4  # shuffled anew for each pass
+
+
 def test_order_depends_on_seed_and_stream():
     orders = {tuple(sample_order(seed, stream, 0, 20, 20)) for seed in (0, 1) for stream in (0, 1)}
     assert len(orders) == 4
@@ -96,7 +126,7 @@ class Volumes(SimpleNamespace):
     def image(self, index):
         shape = self.cases[index].grid.shape
         values = 1000.0 * index + np.arange(np.prod(shape)).reshape(*shape, 1)
-        return values.astype(np.float32)
+        return (values + 0.25 * np.arange(self.channels)).astype(np.float32)
 
     def label(self, index):
         self.opened.append(index)
@@ -125,6 +155,12 @@ def test_a_smaller_canvas_takes_the_centre():
     batch = Pool(volumes, volumes.cases, (5, 4), labeled=False).batch(np.array([0]))
     np.testing.assert_array_equal(batch["image"][0, ..., 0], volumes.image(0)[0, 1:6, 3:7, 0])
     np.testing.assert_array_equal(batch["extent"], [[5, 4]])
+
+
+def test_every_channel_is_read():
+    volumes = Volumes([(1, 3, 4)], channels=2)
+    batch = Pool(volumes, volumes.cases, (3, 4), labeled=False).batch(np.array([0]))
+    np.testing.assert_array_equal(batch["image"], volumes.image(0))
 
 
 def test_volumes_for_rank_three():
