@@ -21,6 +21,8 @@ def test_windows_cover_with_the_overlap_asked_for(size, patch, overlap):
     assert (steps > 0).all()
     # Starts are rounded to whole pixels, so a step may exceed the exact one by less than one.
     assert (steps < patch * (1 - overlap) + 1).all() and (steps <= patch).all()
+    if len(starts) > 2:  # with one window fewer, the overlap would be too small
+        assert (size - patch) / (len(starts) - 2) > patch * (1 - overlap) * (1 - 1e-9)
 
 
 class Pointwise:
@@ -41,6 +43,43 @@ def test_sliding_window_of_a_pointwise_network_is_the_network(patch, shape):
     expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     got = evaluate.make_predictor(Pointwise(), patch, overlap=0.5, batch=4)(2.0, image)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+class Averaging:
+    """A network whose logits depend on the whole window, padding included."""
+
+    num_classes = 2
+
+    def apply(self, variables, images):
+        mean = images.mean(axis=tuple(range(1, images.ndim)), keepdims=True)
+        return jnp.concatenate([images, mean + 0 * images], axis=-1), None
+
+
+@pytest.mark.parametrize(("patch", "shape"), [((8, 6), (2, 21, 3)), ((4, 8, 6), (3, 17, 9))])
+def test_overlapping_windows_are_averaged_by_weight(patch, shape):
+    image = 3 + np.random.default_rng(0).normal(size=(*shape, 1)).astype(np.float32)
+    window = (1,) * (3 - len(patch)) + patch
+    short = [max(0, p - n) for p, n in zip(window, shape, strict=True)]
+    pads = [(s // 2, s - s // 2) for s in short]
+    padded = np.pad(image[..., 0], pads, constant_values=image.min())
+    weights = evaluate.gaussian_window(patch).reshape(window)
+    total, norm = np.zeros((*padded.shape, 2)), np.zeros(padded.shape)
+    corners = [
+        (i, j, k)
+        for i in evaluate.window_starts(padded.shape[0], window[0], 0.5 if window[0] > 1 else 0)
+        for j in evaluate.window_starts(padded.shape[1], window[1], 0.5)
+        for k in evaluate.window_starts(padded.shape[2], window[2], 0.5)
+    ]
+    for i, j, k in corners:
+        part = padded[i : i + window[0], j : j + window[1], k : k + window[2]]
+        first = 1 / (1 + np.exp(part.mean() - part))
+        for at in np.ndindex(window):
+            place = (i + at[0], j + at[1], k + at[2])
+            total[place] += weights[at] * np.array([first[at], 1 - first[at]])
+            norm[place] += weights[at]
+    inside = tuple(slice(before, before + n) for (before, _), n in zip(pads, shape, strict=True))
+    got = evaluate.make_predictor(Averaging(), patch, overlap=0.5, batch=4)(None, image)
+    np.testing.assert_allclose(got, (total / norm[..., None])[inside], rtol=1e-4, atol=1e-5)
 
 
 def test_gaussian_window_is_separable_and_greatest_in_the_centre():
@@ -68,6 +107,8 @@ def test_largest_component_by_hand():
     expected = np.zeros_like(classes)
     expected[:3, :3, 0], expected[:3, :3, 1], expected[3, 3, 1] = 2, 1, 1
     np.testing.assert_array_equal(evaluate.keep_largest_component(classes), expected)
+    # Nor does it matter which part is met first.
+    np.testing.assert_array_equal(evaluate.keep_largest_component(classes[::-1, ::-1]), expected[::-1, ::-1])
     nothing = np.zeros((3, 3, 3), np.uint8)
     np.testing.assert_array_equal(evaluate.keep_largest_component(nothing), nothing)
 
@@ -97,6 +138,39 @@ def test_folders_are_measured_by_voxel_size_and_label_value(masks):
             np.testing.assert_allclose(getattr(result, field), getattr(expected, field))
 
 
+def test_a_rotated_grid_is_measured_along_its_own_axes(tmp_path):
+    affine = np.array([[0, 2, 0, 5], [-1.5, 0, 0, 0], [0, 0, 8, 0], [0, 0, 0, 1.0]])
+    p, r = np.zeros((12, 7, 4)), np.zeros((12, 7, 4))
+    p[2, 3, 1] = r[9, 3, 1] = 1
+    p[3, 3, 1] = 4  # a value that only the prediction has
+    write(tmp_path / "p" / "a.nii.gz", p, affine)
+    write(tmp_path / "r" / "a.nii.gz", r, affine)
+    _, classes, (result,) = evaluate.evaluate_folders(tmp_path / "p", tmp_path / "r")
+    assert classes == ["0", "1", "4"]
+    np.testing.assert_allclose(result.hd95, [7 * 1.5, np.linalg.norm([12 * 1.5, 7 * 2, 4 * 8])], rtol=1e-5)
+    np.testing.assert_array_equal(result.flagged, [False, True])
+
+
+def test_masks_pair_by_place_and_name(tmp_path):
+    p, r = tmp_path / "p", tmp_path / "r"
+    for name in ("one/a", "two/a", "b", "c", "d", "e"):
+        write(p / f"{name}.nii.gz", np.ones((2, 2, 2)))
+    # The last lies beside its scan, as in ACDC; the prediction has the scan's name.
+    for name in ("one/a_gt", "two/a", "b_label", "c_seg", "d", "e", "e_gt"):
+        write(r / f"{name}.nii.gz", np.ones((2, 2, 2)))
+    found = evaluate.mask_pairs(p, r)
+    pairs = {name: (a.relative_to(p).as_posix(), b.relative_to(r).as_posix()) for name, a, b in found}
+    assert len(found) == len(pairs)
+    assert pairs == {
+        "one/a": ("one/a.nii.gz", "one/a_gt.nii.gz"),
+        "two/a": ("two/a.nii.gz", "two/a.nii.gz"),
+        "b": ("b.nii.gz", "b_label.nii.gz"),
+        "c": ("c.nii.gz", "c_seg.nii.gz"),
+        "d": ("d.nii.gz", "d.nii.gz"),
+        "e": ("e.nii.gz", "e_gt.nii.gz"),
+    }
+
+
 def test_a_mask_without_partner_is_an_error(masks):
     (masks / "p" / "b.nii.gz").unlink()
     with pytest.raises(FileNotFoundError, match=r"b_gt\.nii\.gz.*no prediction"):
@@ -118,6 +192,8 @@ def test_masks_on_other_grids_are_an_error(masks):
 
 def test_empty_folders_and_masks_are_an_error(tmp_path, masks):
     (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder"):
+        evaluate.evaluate_folders(masks / "p", tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="none"):
         evaluate.evaluate_folders(tmp_path / "none", masks / "r")
     for folder, name in (("p2", "a"), ("r2", "a")):
@@ -151,3 +227,52 @@ def test_comparison_by_hand(tmp_path):
     assert "70.00" in table and "75.00" in table and "n = 2" in table
     with pytest.raises(FileNotFoundError, match="test_cases"):
         compare.read_cases(tmp_path / "one", "test", "teacher")
+
+
+def test_pairs_are_compared_by_case_where_both_count(tmp_path):
+    run_table(tmp_path / "one", {("a", "x"): 0.5, ("a", "y"): 0.7, ("b", "x"): 0.9, ("b", "y"): 0.1, ("c", "x"): 0.4})
+    run_table(tmp_path / "two", {("a", "x"): 0.6, ("a", "y"): 0.9, ("b", "x"): 0.8, ("b", "y"): None, ("c", "x"): 0.8})
+    one, two = (compare.read_cases(tmp_path / name, "val", "teacher") for name in ("one", "two"))
+    mean, std, n, p = compare.paired(one, two)
+    differences = [0.15, -0.1, 0.4]  # ranks 2, 1, 3: W = 1, which or less come of 2 of the 8 signs, on two sides
+    assert (mean, std, n) == (pytest.approx(np.mean(differences)), pytest.approx(np.std(differences)), 3)
+    assert p == pytest.approx(2 * 2 / 8)
+    assert np.isnan(compare.paired(one, one)[3])
+    with pytest.raises(ValueError, match="not measured on the same cases"):
+        compare.paired(one, {key: row for key, row in two.items() if key[0] != "c"})
+
+
+def test_case_table_goes_out_and_in(tmp_path):
+    one, nan = np.array([True, True]), np.array([np.nan, 0.25])
+    full = metrics.CaseMetrics(*(np.array(v) for v in ([0.5, 0.6], [0.3, 0.4], [7.0, 8.0], [1.0, 2.0])), one, ~one)
+    half = metrics.CaseMetrics(nan, nan, nan, nan, np.array([False, True]), np.array([False, True]))
+    rows = [("student", "a", "p", half), ("teacher", "a", "p", full), ("teacher", "b", "q", half)]
+    evaluate.write_case_table(tmp_path / "val_cases.csv", rows, ["background", "x", "y"])
+    assert compare.read_cases(tmp_path, "val", "teacher") == {
+        ("a", "x"): {"dice": 0.5, "hd95_mm": 7.0},
+        ("a", "y"): {"dice": 0.6, "hd95_mm": 8.0},
+        ("b", "y"): {"dice": 0.25, "hd95_mm": 0.25},
+    }
+    with open(tmp_path / "val_cases.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["patient"] for row in table] == ["p"] * 4 + ["q"] * 2
+    assert [row["flagged"] for row in table] == ["0", "1", "0", "0", "0", "1"]
+    assert (table[2]["jaccard"], table[2]["assd_mm"]) == ("0.3", "1")
+
+
+class Labels:
+    """A network whose features tell each pixel's class, as one of three axes, and a pool of such images."""
+
+    feature_level, canvas, samples = 1, (6, 8), [None] * 3
+
+    def apply(self, variables, images):
+        return None, images[:, 1::2, 1::2]
+
+    def batch(self, indices):
+        label = np.random.RandomState(0).randint(0, 3, (3, 6, 8))[indices]
+        return {"label": label, "image": np.eye(3, dtype=np.float32)[label]}
+
+
+def test_features_meet_the_labels_of_their_pixels():
+    both = Labels()
+    assert evaluate.feature_quality(both, {}, both, 3, batch=2) == (pytest.approx(1), pytest.approx(1))
