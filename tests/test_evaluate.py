@@ -211,6 +211,7 @@ def run_table(workdir, dice):
         for (case, name), value in dice.items():
             numbers = ["nan"] * 4 if value is None else [value, value, 3.0, 1.0]
             writer.writerow(["teacher", case, case, name, *numbers, int(value is not None), 0])
+            writer.writerow(["student", case, case, name, 0.2, 0.2, 9.0, 9.0, 1, 0])
     config = {"method": workdir.name, "seed": 0, "data": {"labeled_patients": 2}}
     (workdir / "config.json").write_text(json.dumps(config))
 
