@@ -1,6 +1,7 @@
 """From a config to the things it describes. Here the config ends: what is built takes plain values."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -35,23 +36,20 @@ def check_config(config: ConfigDict) -> None:
       ValueError: names the field, its value and what it may be.
     """
 
+    def get(field: str) -> Any:
+        return functools.reduce(lambda value, name: value[name], field.split("."), config)
+
     def require(good: bool, field: str, remedy: str) -> None:
         if not good:
-            value: Any = config
-            for name in field.split("."):
-                value = value[name]
-            raise ValueError(f"{field}={value!r}: {remedy}.")
+            raise ValueError(f"{field}={get(field)!r}: {remedy}.")
 
     for field in ("steps", "log_every", "save_every", "eval.every", "data.labeled_batch", "data.unlabeled_batch",
                   "contrast.queries", "contrast.keys", "contrast.cells", "contrast.partitions"):  # fmt: skip
-        value: Any = config
-        for name in field.split("."):
-            value = value[name]
-        require(value >= 1, field, "must be at least 1")
+        require(get(field) >= 1, field, "must be at least 1")
     for field in ("contrast.weight", "consistency.weight", "pseudo_label.weight"):
-        require(config[field.split(".")[0]].weight >= 0, field, "must be at least 0")
+        require(get(field) >= 0, field, "must be at least 0")
     for field in ("contrast.threshold", "pseudo_label.threshold"):
-        require(0 <= config[field.split(".")[0]].threshold <= 1, field, "must lie in [0, 1]")
+        require(0 <= get(field) <= 1, field, "must lie in [0, 1]")
     require(bool(config.data.path), "data.path", "name the folder that a data_prep command wrote")
     require(len(config.data.patch_size) in (2, 3), "data.patch_size", "give (H, W) or (D, H, W)")
     factor = 2 ** (len(config.model.widths) - 1)

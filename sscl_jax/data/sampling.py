@@ -42,7 +42,7 @@ def assign_roles(dataset: PreparedDataset, labeled_patients: int, labeled_seed: 
         ones; otherwise patients are ordered by a hash of seed and id, so that who else has a label changes nothing.
 
     Raises:
-      ValueError: the number does not fit the patients there are, or a labelled or val set would be empty.
+      ValueError: the number does not fit the patients there are. An empty val or test set is no error.
     """
     train = [case for case in dataset.cases if case.split == "train"]
     with_label = {case.patient_id for case in train if case.has_label}
