@@ -10,13 +10,18 @@ from configs import base
 
 
 def get_config(method: str = "anatomical_pl") -> ConfigDict:
-    """Slices of 96 x 96 at 2 mm, 7 labelled patients. No flips: right and left ventricle are not mirror images."""
+    """Slices of 96 x 96 at 2 mm, 7 labelled patients.
+
+    No flips, since right and left ventricle are not mirror images; but wide rotations, since the short-axis plane lies
+    differently in each scan, and the right ventricle anywhere from below the left one to above it.
+    """
     config = base.get_config(method)
     config.data.path = "data/acdc"
     config.data.labeled_patients = 7
     config.data.patch_size = (96, 96)
-    config.steps = 3000
-    config.eval.every = 750
+    config.augment.rotate = 60.0
+    config.steps = 5000
+    config.eval.every = 1000
     config.eval.largest_component = True
     config.save_every = 250
     return config
