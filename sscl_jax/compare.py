@@ -18,7 +18,7 @@ from scipy import stats
 
 
 def read_cases(workdir: Path, split: str, network: str) -> dict[tuple[str, str], dict[str, float]]:
-    """The counted rows of a training's case table: (case, class) to `dice` and `hd95_mm`.
+    """The rows of a training's case table: (case, class) to `dice` and `hd95_mm`, NaN where the class does not count.
 
     Raises:
       FileNotFoundError: the training has no such table.
@@ -28,33 +28,44 @@ def read_cases(workdir: Path, split: str, network: str) -> dict[tuple[str, str],
         raise FileNotFoundError(f"{path}: no such table; let the training end, or choose another --split.")
     with open(path, newline="", encoding="utf-8") as file:
         return {
-            (row["case"], row["class"]): {name: float(row[name]) for name in ("dice", "hd95_mm")}
+            (row["case"], row["class"]): {
+                name: float(row[name]) if row["counted"] == "1" else math.nan for name in ("dice", "hd95_mm")
+            }
             for row in csv.DictReader(file)
-            if row["network"] == network and row["counted"] == "1"
+            if row["network"] == network
         }
 
 
+def class_means(rows: dict[tuple[str, str], dict[str, float]], name: str) -> dict[str, float]:
+    """Mean of each class over the cases in which it counts; a class that counts in none is left out."""
+    counted = [(c, row[name]) for (_, c), row in rows.items() if not math.isnan(row[name])]
+    return {each: float(np.mean([v for c, v in counted if c == each])) for each in dict(counted)}
+
+
 def class_mean(rows: dict[tuple[str, str], dict[str, float]], name: str) -> float:
-    """Mean over classes of the mean over the class's cases."""
-    classes = sorted({c for _, c in rows})
-    return float(np.mean([np.mean([row[name] for (_, c), row in rows.items() if c == each]) for each in classes]))
+    """Mean over classes of `class_means`; NaN where there is none."""
+    means = list(class_means(rows, name).values())
+    return float(np.mean(means)) if means else math.nan
 
 
 def paired(a: dict, b: dict) -> tuple[float, float, int, float]:
     """Difference b - a of the mean Dice of each case: mean, standard deviation, n, Wilcoxon signed-rank p.
 
+    Which classes count depends on the prediction too, so each case is compared over the classes that count in both;
+    one without such a class is left out of n.
+
     Raises:
-      ValueError: the two were not measured on the same cases.
+      ValueError: the two were not measured on the same cases and classes, or share none that counts.
     """
-    # Which classes count depends on the prediction too, so compare where both count.
-    cases = sorted({case for case, _ in a})
-    if cases != sorted({case for case, _ in b}):
+    if a.keys() != b.keys():
         raise ValueError("the trainings were not measured on the same cases: their splits differ.")
-    differences = []
-    for case in cases:
-        shared = [key for key in a if key[0] == case and key in b]
-        differences.append(np.mean([b[key]["dice"] - a[key]["dice"] for key in shared]))
-    d = np.array(differences)
+    differences: dict[str, list[float]] = {}
+    for (case, name), row in a.items():
+        if not math.isnan(difference := b[case, name]["dice"] - row["dice"]):
+            differences.setdefault(case, []).append(difference)
+    if not differences:
+        raise ValueError("the trainings have no case with a class that counts in both.")
+    d = np.array([np.mean(values) for values in differences.values()])
     p = float(stats.wilcoxon(d).pvalue) if len(d) > 1 and np.any(d != 0) else math.nan
     return float(d.mean()), float(d.std()), len(d), p
 
@@ -69,7 +80,8 @@ def compare(workdirs: Sequence[Path], split: str, network: str) -> str:
     for workdir, rows in zip(workdirs, runs, strict=True):
         config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
         cells = [100 * class_mean(rows, "dice")]
-        cells += [100 * float(np.mean([row["dice"] for (_, c), row in rows.items() if c == each])) for each in classes]
+        means = class_means(rows, "dice")
+        cells += [100 * means.get(each, math.nan) for each in classes]
         cells.append(class_mean(rows, "hd95_mm"))
         text = "  ".join(f"{cell:{max(10, len(h))}.2f}" for cell, h in zip(cells, header, strict=False))
         if rows is not runs[0]:

@@ -331,8 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows: list[tuple[str, str, str, metrics.CaseMetrics]] = []
         classes: Sequence[str] = ()
         if args.checkpoint:
-            for name in ("student", "teacher"):
-                network = experiment.load_network(Path(args.checkpoint), args.kind, name)
+            for name, network in experiment.load_networks(Path(args.checkpoint), args.kind).items():
                 results, title = evaluate_split(network, args.split, args.data)
                 classes = network.recipe.class_names
                 summary = metrics.summarise([r.metrics for r in results])

@@ -17,6 +17,8 @@ from sscl_jax.data.recipe import Recipe
 from sscl_jax.models import UNet
 from sscl_jax.train_state import TrainState, create_train_state
 
+NETWORKS = ("student", "teacher")
+
 # Fields that may differ when a training goes on: they decide what is shown and kept, not what is learnt.
 FREE_FIELDS = (
     "data.path",
@@ -242,19 +244,16 @@ class Network:
 
 def network_variables(state: TrainState, network: str) -> dict[str, Any]:
     """Variables of the student or the teacher, as `model.apply` takes them."""
-    if network not in ("teacher", "student"):
-        raise ValueError(f"network {network!r}: choose 'teacher' or 'student'.")
     params, stats = getattr(state, network), getattr(state, f"{network}_stats")
     return {"params": params, "batch_stats": stats} if stats else {"params": params}
 
 
-def load_network(workdir: Path, kind: str = "best", network: str = "teacher") -> Network:
-    """Loads a network from the working folder of a training.
+def load_networks(workdir: Path, kind: str = "best") -> dict[str, Network]:
+    """Loads student and teacher, by name, from the working folder of a training.
 
     Args:
       workdir: `--workdir` of the training.
       kind: `best` on val, or `last`; a training without val cases has only `last`.
-      network: `teacher` or `student`.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -276,13 +275,8 @@ def load_network(workdir: Path, kind: str = "best", network: str = "teacher") ->
         restored = checkpoints.restore(make_state(config, num_classes, meta["channels"]))
         assert restored is not None
         state, meta = restored
-        return Network(
-            make_model(config, num_classes),
-            network_variables(state, network),
-            recipe,
-            config,
-            meta,
-            checkpoints.folder / str(int(state.step)),
-            network,
-        )
+        model, path = make_model(config, num_classes), checkpoints.folder / str(int(state.step))
+        return {
+            name: Network(model, network_variables(state, name), recipe, config, meta, path, name) for name in NETWORKS
+        }
     raise FileNotFoundError(f"{workdir} holds no checkpoint yet: train for longer, or give another --workdir.")

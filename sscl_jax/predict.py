@@ -36,7 +36,7 @@ def predict_file(network: experiment.Network, predict: evaluate.Predictor, scan:
     """Segments one scan; a 4-D scan of a one-channel network is segmented frame by frame.
 
     Args:
-      network: from `experiment.load_network`.
+      network: from `experiment.load_networks`.
       predict: from `evaluate.make_predictor`.
       scan: NIfTI file.
       output: mask to write.
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--overlap={args.overlap}: must lie in [0, 1)")
     try:
         scans = find_scans(args.input)
-        network = experiment.load_network(Path(args.checkpoint), args.kind, args.network)
+        network = experiment.load_networks(Path(args.checkpoint), args.kind)[args.network]
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     predict = evaluate.make_predictor(network.model, tuple(network.config.data.patch_size), args.overlap)

@@ -34,7 +34,6 @@ TERMS = (
     "con",
     "grad_norm",
 )
-NETWORKS = ("student", "teacher")
 COLUMNS = (
     "step", "seconds", "images_per_s", "learning_rate", *TERMS,
     "weight_contrast", "weight_consistency", "weight_pseudo_label",
@@ -303,7 +302,7 @@ def _final_tables(
     model = experiment.make_model(config, dataset.num_classes)
     predict = evaluate.make_predictor(model, tuple(config.data.patch_size), config.eval.final_overlap)
     largest = config.eval.largest_component
-    networks = [experiment.load_network(workdir, "best", name) for name in NETWORKS]
+    networks = list(experiment.load_networks(workdir).values())
     summaries: dict[str, dict[str, metrics.Summary]] = {}
     for split, cases in splits.items():
         if not cases:

@@ -243,6 +243,20 @@ def test_pairs_are_compared_by_case_where_both_count(tmp_path):
         compare.paired(one, {key: row for key, row in two.items() if key[0] != "c"})
 
 
+def test_what_counts_in_one_training_only_is_no_difference_of_splits(tmp_path):
+    run_table(tmp_path / "one", {("a", "x"): 0.5, ("a", "y"): None, ("b", "x"): 0.9, ("b", "y"): 0.1})
+    run_table(tmp_path / "two", {("a", "x"): None, ("a", "y"): 0.8, ("b", "x"): 0.8, ("b", "y"): None})
+    run_table(tmp_path / "none", {("a", "x"): None, ("a", "y"): 0.8, ("b", "x"): None, ("b", "y"): None})
+    one, two, none = (compare.read_cases(tmp_path / name, "val", "teacher") for name in ("one", "two", "none"))
+    mean, _, n, p = compare.paired(one, two)  # only class x of case b counts in both
+    assert (mean, n) == (pytest.approx(-0.1), 1) and np.isnan(p)
+    assert compare.class_means(two, "dice") == pytest.approx({"x": 0.8, "y": 0.8})
+    assert compare.class_mean(none, "dice") == pytest.approx(0.8)  # class x counts nowhere
+    assert "nan" in compare.compare([tmp_path / "two", tmp_path / "none"], "val", "teacher").splitlines()[-1]
+    with pytest.raises(ValueError, match="no case with a class that counts in both"):
+        compare.paired(one, none)
+
+
 def test_case_table_goes_out_and_in(tmp_path):
     one, nan = np.array([True, True]), np.array([np.nan, 0.25])
     full = metrics.CaseMetrics(*(np.array(v) for v in ([0.5, 0.6], [0.3, 0.4], [7.0, 8.0], [1.0, 2.0])), one, ~one)
@@ -252,6 +266,7 @@ def test_case_table_goes_out_and_in(tmp_path):
     assert compare.read_cases(tmp_path, "val", "teacher") == {
         ("a", "x"): {"dice": 0.5, "hd95_mm": 7.0},
         ("a", "y"): {"dice": 0.6, "hd95_mm": 8.0},
+        ("b", "x"): pytest.approx({"dice": np.nan, "hd95_mm": np.nan}, nan_ok=True),
         ("b", "y"): {"dice": 0.25, "hd95_mm": 0.25},
     }
     with open(tmp_path / "val_cases.csv", newline="") as file:
@@ -277,3 +292,10 @@ class Labels:
 def test_features_meet_the_labels_of_their_pixels():
     both = Labels()
     assert evaluate.feature_quality(both, {}, both, 3, batch=2) == (pytest.approx(1), pytest.approx(1))
+
+
+def test_no_more_pixels_of_a_class_count_than_asked_for(monkeypatch):
+    seen = []
+    monkeypatch.setattr(metrics, "compactness_separability", lambda x, y, classes: seen.append(np.bincount(y)))
+    evaluate.feature_quality(Labels(), {}, Labels(), 3, per_class=5, batch=2)
+    assert seen[0][1:].tolist() == [5, 5] and seen[0][0] <= 5
