@@ -15,11 +15,10 @@ file becomes an unlabelled case. The split is by patient; the packaged one is th
 that). Patients of `testing/` take part only where the split file lists them.
 """
 
-import argparse
 from pathlib import Path
 
 from data_prep import common
-from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset, write_prepared
+from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset
 from sscl_jax.data.recipe import Recipe
 
 CLASSES = ("background", "right ventricle", "myocardium", "left ventricle")
@@ -27,7 +26,9 @@ LABEL_VALUES = (0, 1, 2, 3)
 PACKAGED_SPLITS = Path(__file__).parent / "splits" / "acdc.json"
 
 
-def prepare(input_dir: Path, output: Path, splits: Path | None = None, spacing: float = 1.5) -> PreparedDataset:
+def prepare(
+    input_dir: Path, output: Path, splits: Path | None = None, spacing: float = 1.5, skip_bad: bool = False
+) -> PreparedDataset:
     """Checks the files of an ACDC folder, writes the prepared dataset, prints what it did.
 
     Args:
@@ -35,6 +36,7 @@ def prepare(input_dir: Path, output: Path, splits: Path | None = None, spacing: 
       output: folder to make.
       splits: split file; None = `splits.json` in `input_dir` if there, else the packaged one.
       spacing: of rows and columns, mm; slices stay as they are.
+      skip_bad: go on without the cases that have a fault.
 
     Raises:
       ValueError, FileNotFoundError: the files or the splits do not fit.
@@ -58,7 +60,6 @@ def prepare(input_dir: Path, output: Path, splits: Path | None = None, spacing: 
                 problems += wrong
     if ignored:
         print(f"ignored: {len(ignored)} other files, such as {ignored[0]}")
-    common.check_cases(sources, LABEL_VALUES, problems)
     recipe = Recipe(
         orientation="SPL",
         spacing=(None, spacing, spacing),
@@ -66,9 +67,7 @@ def prepare(input_dir: Path, output: Path, splits: Path | None = None, spacing: 
         label_values=LABEL_VALUES,
         class_names=CLASSES,
     )
-    dataset = write_prepared(output, sources, recipe, patients, name)
-    print(common.summary(dataset))
-    return dataset
+    return common.build(output, sources, recipe, patients, name, problems, skip_bad)
 
 
 def find_patients(input_dir: Path) -> dict[str, Path]:
@@ -106,8 +105,8 @@ def patient_cases(folder: Path, split: str) -> tuple[list[CaseSource], list[str]
                 "restore the file or correct Info.cfg"
             )
         else:
-            cases.append(CaseSource(stem, patient, split, image, label))
-    used = {path for case in cases for path in (case.image_path, case.label_path)}
+            cases.append(CaseSource(stem, patient, split, (image,), label))
+    used = {path for case in cases for path in (*case.image_paths, case.label_path)}
     others = [path.name for path in sorted(folder.glob("*.nii*")) if path not in used]
     return cases, others, problems
 
@@ -132,17 +131,10 @@ def _find(folder: Path, stem: str) -> Path | None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.acdc",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--input", type=Path, required=True, help="the unpacked archive")
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
-    parser.add_argument("--splits", type=Path, help="JSON file with train, val and test patients")
+    parser = common.make_parser("acdc", __doc__)
     parser.add_argument("--spacing", type=float, default=1.5, help="of rows and columns, in mm (default 1.5)")
     args = parser.parse_args(argv)
-    prepare(args.input, args.output, args.splits, args.spacing)
+    prepare(**vars(args))
 
 
 if __name__ == "__main__":

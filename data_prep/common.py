@@ -1,5 +1,6 @@
 """What the preparers share: splits, the check of all files, the summary, errors on one line."""
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -10,13 +11,14 @@ import nibabel
 import numpy as np
 from tqdm import tqdm
 
-from sscl_jax.data import nifti
 from sscl_jax.data.prepared import (
     SPLITS,
     CaseSource,
     PreparedDataset,
     map_ahead,
+    write_prepared,
 )
+from sscl_jax.data.recipe import Recipe
 
 AFFINE_TOLERANCE = 1e-3  # relative to the voxel size: what float32 headers lose by rounding
 ANATOMY = ("left-right", "front-back", "foot-head")
@@ -131,26 +133,27 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
       label_values: values that a mask may hold; None = any.
     """
     problems = []
+    name = source.image_paths[0]
     shape = affine = spacing = None
     try:
-        array, affine, _ = nifti.read_image(source.image_path)
+        array, affine = source.image()
         shape = array.shape[:3]
         if not _spans_space(affine):
             problems.append(
-                f"{source.image_path}: its affine {np.round(affine[:3, :3], 3).tolist()} has no "
+                f"{name}: its affine {np.round(affine[:3, :3], 3).tolist()} has no "
                 "volume: write the voxel sizes and directions into the header"
             )
         else:
             spacing = _anatomical_spacing(affine)
         if array.size and array.min() == array.max():
-            problems.append(f"{source.image_path}: every voxel is {array.flat[0]:g}: replace or remove the file")
+            problems.append(f"{name}: every voxel is {array.flat[0]:g}: replace or remove the file")
         del array
     except (ValueError, OSError) as error:
-        problems.append(_with_name(source.image_path, error))
+        problems.append(_with_name(name, error))
     values: frozenset[int] = frozenset()
     if source.label_path is not None:
         try:
-            label, label_affine = nifti.read_label(source.label_path)
+            label, label_affine, *_ = source.read_label(source.label_path)
             values = frozenset(np.unique(label).tolist())
             problems += _label_problems(source, label.shape, label_affine, shape, affine)
             allowed = sorted(values) if label_values is None else list(label_values)
@@ -177,7 +180,7 @@ def _label_problems(
         return []
     if label_shape != shape:
         return [
-            f"{source.label_path}: shape {label_shape}, but its image {source.image_path} has "
+            f"{source.label_path}: shape {label_shape}, but its image {source.image_paths[0]} has "
             f"{shape}: resample the mask to the image's grid"
         ]
     voxel = np.linalg.norm(affine[:3, :3], axis=0)
@@ -188,7 +191,7 @@ def _label_problems(
     if apart > max(AFFINE_TOLERANCE * max(shape), 0.05) * voxel.min():
         return [
             f"{source.label_path}: lies up to {apart:.3g} mm away from its image "
-            f"{source.image_path} by their affines: resample the mask to the image's grid, or "
+            f"{source.image_paths[0]} by their affines: resample the mask to the image's grid, or "
             "copy the image's affine if only the header is wrong"
         ]
     return []
@@ -221,23 +224,77 @@ def check_cases(
     sources: Sequence[CaseSource],
     label_values: Sequence[int] | None = None,
     problems: Sequence[str] = (),
-) -> list[CaseFacts]:
+    skip_bad: bool = False,
+) -> tuple[list[CaseSource], list[CaseFacts], list[str]]:
     """Checks all cases, and raises all that is wrong with them at once.
 
     Args:
       sources: the cases.
       label_values: values that masks may hold; None = any.
       problems: findings made before, to be told in the same list.
+      skip_bad: print the findings and leave out the cases that have any, instead of raising them.
+
+    Returns:
+      The cases that are good, what was learnt of each, and the findings about the others.
 
     Raises:
-      Problems: anything was found.
+      Problems: anything was found, and not `skip_bad`, or no case is good.
     """
     checked = map_ahead(lambda source: check_case(source, label_values), sources)
     facts = list(tqdm(checked, "checking", len(sources), unit=" cases", disable=None))
     found = [*problems, *(line for fact in facts for line in fact.problems)]
-    if found:
+    good = [(source, fact) for source, fact in zip(sources, facts, strict=True) if not fact.problems]
+    if found and not (skip_bad and good):
         raise Problems(found)
-    return facts
+    for line in found:
+        print(f"skipped: {line}", file=sys.stderr)
+    if len(good) < len(sources):
+        print(f"skipped: {len(sources) - len(good)} of {len(sources)} cases, for the reasons above")
+    return [source for source, _ in good], [fact for _, fact in good], found
+
+
+def build(
+    output: Path,
+    sources: Sequence[CaseSource],
+    recipe: Recipe,
+    patients: dict[str, list[str]],
+    name: str,
+    problems: Sequence[str] = (),
+    skip_bad: bool = False,
+) -> PreparedDataset:
+    """Checks all files, writes the prepared dataset, and prints its summary.
+
+    Args:
+      output: folder to make.
+      sources: the cases.
+      recipe: preprocessing; masks may hold its label values.
+      patients: ordered patients of each split.
+      name: of the dataset.
+      problems: findings made before.
+      skip_bad: see `check_cases`.
+
+    Raises:
+      Problems: see `check_cases`.
+      ValueError: see `write_prepared`.
+    """
+    good, _, found = check_cases(sources, recipe.label_values, problems, skip_bad)
+    dataset = write_prepared(output, good, recipe, patients, name, found)
+    print(summary(dataset))
+    return dataset
+
+
+def make_parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser with what every preparer takes: --input, --output, --splits and --skip-bad."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m data_prep.{module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--input", type=Path, required=True, dest="input_dir", metavar="DIR", help="see above")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--splits", type=Path, metavar="FILE", help="JSON file with train, val and test patients")
+    parser.add_argument("--skip-bad", action="store_true", help="go on without the cases that have a fault")
+    return parser
 
 
 def summary(dataset: PreparedDataset) -> str:

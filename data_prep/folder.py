@@ -66,6 +66,7 @@ def prepare(
     spacing: Sequence[float] | None = None,
     orientation: str | None = None,
     name: str | None = None,
+    skip_bad: bool = False,
 ) -> PreparedDataset:
     """Checks all files, writes the prepared dataset, prints what it did.
 
@@ -85,6 +86,7 @@ def prepare(
       spacing: mm, of rows and columns, or of slices, rows and columns; None = the median.
       orientation: axis codes of slices, rows and columns; None = by the voxels' shape.
       name: of the dataset; None = that of the input.
+      skip_bad: go on without the cases that have a fault.
 
     Raises:
       ValueError, FileNotFoundError: the files or the options do not fit.
@@ -115,11 +117,11 @@ def prepare(
         problems += more
     split_of = {patient: split for split in SPLITS for patient in patients[split]}
     sources = [
-        CaseSource(scan.case_id, scan.patient, split_of[scan.patient], scan.image, scan.label)
+        CaseSource(scan.case_id, scan.patient, split_of[scan.patient], (scan.image,), scan.label)
         for scan in scans
         if scan.patient in split_of
     ]
-    facts = common.check_cases(sources, label_values, problems)
+    sources, facts, skipped = common.check_cases(sources, label_values, problems, skip_bad)
     if label_values is None:
         label_values = sorted({0}.union(*(fact.values for fact in facts)))
         if len(label_values) < 2:
@@ -139,7 +141,7 @@ def prepare(
         class_names=tuple(class_names or ["background", *(f"label {value}" for value in list(label_values)[1:])]),
     )
     name = name or Path(listing).resolve().stem
-    dataset = write_prepared(output, sources, recipe, patients, name)
+    dataset = write_prepared(output, sources, recipe, patients, name, skipped)
     print(common.summary(dataset))
     return dataset
 
@@ -405,6 +407,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add("--orientation", metavar="SPL", help="axis codes of slices, rows, columns")
     add("--name", help="of the dataset (default: that of the input)")
+    add("--skip-bad", action="store_true", help="go on without the cases that have a fault")
     args = vars(parser.parse_args(argv))
     args["window"] = tuple(args["window"])
     prepare(args.pop("output"), **args)

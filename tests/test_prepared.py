@@ -40,7 +40,7 @@ def make_files(folder, labelled=("p1", "p2", "p3")):
                 label = folder / f"{case}_gt.nii.gz"
                 write_nifti(label, random.choice([0, 10, 20], shape).astype("u1"))
             split = "val" if patient == "p2" else "train"
-            sources.append(CaseSource(case, patient, split, folder / f"{case}.nii.gz", label))
+            sources.append(CaseSource(case, patient, split, (folder / f"{case}.nii.gz",), label))
     return sources
 
 
@@ -60,7 +60,7 @@ def test_round_trip_equals_direct_preprocessing(dataset, sources):
     assert (dataset.name, dataset.channels, dataset.num_classes) == ("toy", 1, 3)
     for case in dataset.cases:
         source = by_id[case.case_id]
-        image = nibabel.load(source.image_path).get_fdata(dtype=np.float32)
+        image = nibabel.load(source.image_paths[0]).get_fdata(dtype=np.float32)
         label = np.asarray(nibabel.load(source.label_path).dataobj)
         grid = recipes.make_grid(image.shape, AFFINE, RECIPE)
         assert case.grid.shape == grid.shape
@@ -71,7 +71,7 @@ def test_round_trip_equals_direct_preprocessing(dataset, sources):
         expected = recipes.prepare_label(label, grid, RECIPE)
         np.testing.assert_array_equal(dataset.label(case.index), expected)
         np.testing.assert_array_equal(dataset.native_label(case.index), label // 10)
-        assert case.source == source.image_path.name
+        assert case.source == source.image_paths[0].name
 
 
 def test_order_is_split_patient_case(dataset):
@@ -159,7 +159,7 @@ def test_second_call_does_nothing(dataset, sources, capsys):
 
 
 def test_other_input_in_the_same_output_is_refused(dataset, sources, tmp_path):
-    write_nifti(sources[0].image_path, np.full((12, 10, 3), 7.0, "f4") * np.arange(3))
+    write_nifti(sources[0].image_paths[0], np.full((12, 10, 3), 7.0, "f4") * np.arange(3))
     with pytest.raises(ValueError, match="choose another --output"):
         write_prepared(dataset.path, sources, RECIPE, PATIENTS, "toy")
     (tmp_path / "foreign").mkdir()

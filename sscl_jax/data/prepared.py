@@ -54,13 +54,40 @@ _Out = TypeVar("_Out")
 
 @dataclass(frozen=True)
 class CaseSource:
-    """The files of one case, before preprocessing. `label_path` is None for an unlabelled case."""
+    """The files of one case, before preprocessing.
+
+    Attributes:
+      case_id, patient_id, split: names.
+      image_paths: files, or folders, of the image; the channels of the first come first, and so on.
+      label_path: file or folder of the mask; None for an unlabelled case.
+      read_image: reads one of `image_paths`: (X, Y, Z, C) and affine, as `nifti.read_image` does.
+      read_label: reads `label_path`: (X, Y, Z) and affine, as `nifti.read_label` does.
+    """
 
     case_id: str
     patient_id: str
     split: str
-    image_path: Path
+    image_paths: tuple[Path, ...]
     label_path: Path | None = None
+    read_image: Callable[[Path], tuple] = nifti.read_image
+    read_label: Callable[[Path], tuple] = nifti.read_label
+
+    def image(self) -> tuple[np.ndarray, np.ndarray]:
+        """Reads all channels: float32 (X, Y, Z, C), and the affine (4, 4).
+
+        Raises:
+          ValueError: a file cannot be used, or the files of the channels are not on one grid.
+        """
+        (array, affine, *_), *others = [self.read_image(path) for path in self.image_paths]
+        parts = [array]
+        for path, (other, other_affine, *_) in zip(self.image_paths[1:], others, strict=True):
+            if other.shape[:3] != array.shape[:3] or not np.allclose(other_affine, affine, rtol=1e-3, atol=1e-3):
+                raise ValueError(
+                    f"{path}: is not on the grid of {self.image_paths[0]}, as the channels of one image must be "
+                    f"(shapes {other.shape[:3]} and {array.shape[:3]}): resample it"
+                )
+            parts.append(other)
+        return np.concatenate(parts, axis=-1) if others else array, affine
 
 
 @dataclass(frozen=True)
@@ -84,6 +111,7 @@ class PreparedDataset:
       recipe: the preprocessing that its cases went through.
       fingerprint: sha256 (hex) of recipe, names, order and image values; labels take no part.
       name: of the source, for example "acdc".
+      skipped: why cases of the source were left out, one line a finding.
       patients: ordered patient ids of each split.
       cases: in the order of splits (train, val, test), of `patients`, and of case ids.
     """
@@ -93,6 +121,7 @@ class PreparedDataset:
         self.recipe = Recipe.from_dict(metadata["recipe"])
         self.fingerprint: str = metadata["fingerprint"]
         self.name: str = metadata["source_name"]
+        self.skipped: list[str] = metadata.get("skipped", [])
         self.patients: dict[str, list[str]] = metadata["patients"]
         self.cases = [_case_of(i, entry) for i, entry in enumerate(index)]
         self._cache = cache
@@ -176,6 +205,7 @@ def write_prepared(
     recipe: Recipe,
     patients: dict[str, list[str]],
     source_name: str,
+    skipped: Sequence[str] = (),
 ) -> PreparedDataset:
     """Reads and preprocesses the cases of `sources` and writes them to the folder `output`.
 
@@ -189,6 +219,7 @@ def write_prepared(
       patients: ordered patient ids of each split; the order of "train" is the order in which
         labelled patients are taken. Patients without a case in `sources` are left out.
       source_name: name of the dataset.
+      skipped: findings for which cases were left out of `sources`; kept in the metadata.
 
     Returns:
       The dataset, opened.
@@ -216,6 +247,7 @@ def write_prepared(
         "recipe": recipe_dict,
         "patients": patients,
         "inputs": inputs,
+        "skipped": list(skipped),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial_folder(output)
@@ -262,31 +294,35 @@ def _digest_inputs(sources: list[CaseSource], recipe: dict, patients: dict[str, 
     """sha256 of the files' contents and of everything else that decides the result."""
 
     def digests(source: CaseSource) -> list[str | None]:
-        paths = (source.image_path, source.label_path)
-        return [None if path is None else _file_digest(path) for path in paths]
+        paths = (*source.image_paths, source.label_path)
+        return [None if path is None else _path_digest(path) for path in paths]
 
     files = list(map_ahead(digests, sources))
-    names = [(s.case_id, s.patient_id, s.split, Path(s.image_path).name) for s in sources]
+    names = [(s.case_id, s.patient_id, s.split, [path.name for path in s.image_paths]) for s in sources]
     text = json.dumps([FORMAT, source_name, recipe, patients, names, files], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _file_digest(path: Path) -> str:
+def _path_digest(path: Path) -> str:
+    """sha256 of a file, or of the names and contents of the files of a folder."""
+    if path.is_dir():
+        parts = [(p.name, _path_digest(p)) for p in sorted(path.iterdir())]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _prepare_case(source: CaseSource, recipe: Recipe) -> dict:
     """Reads and preprocesses one case: the fields of its record, without `index`."""
-    array, affine, _ = nifti.read_image(source.image_path)
+    name = source.image_paths[0]
+    array, affine = source.image()
     grid = recipes.make_grid(array.shape[:3], affine, recipe)
     label = native_label = np.zeros((0, 0, 0), dtype=np.uint8)
     if source.label_path is not None:
-        values, _ = nifti.read_label(source.label_path)
+        values, *_ = source.read_label(source.label_path)
         if values.shape != array.shape[:3]:
             raise ValueError(
-                f"{source.label_path} has shape {values.shape}, its image {source.image_path} "
-                f"{array.shape[:3]}: they must be equal"
+                f"{source.label_path} has shape {values.shape}, its image {name} {array.shape[:3]}: they must be equal"
             )
         try:
             native_label = recipes.map_labels(values, recipe.label_values).astype(np.uint8)
@@ -296,11 +332,11 @@ def _prepare_case(source: CaseSource, recipe: Recipe) -> dict:
     try:
         image = recipes.prepare_image(array, grid, recipe)
     except ValueError as error:
-        raise ValueError(f"{source.image_path}: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
     return {
         "case_id": source.case_id,
         "patient_id": source.patient_id,
-        "source": Path(source.image_path).name,
+        "source": name.name,
         "image": np.ascontiguousarray(image, dtype=np.float32),
         "label": np.ascontiguousarray(label),
         "native_label": np.ascontiguousarray(native_label),
@@ -363,7 +399,7 @@ def _write_records(folder: Path, sources: list[CaseSource], recipe: Recipe, meta
         channels = channels or shape[3]
         if shape[3] != channels:
             raise ValueError(
-                f"{source.image_path} has {shape[3]} channels, the cases before it {channels}: "
+                f"{source.image_paths[0]} has {shape[3]} channels, the cases before it {channels}: "
                 "all images must have the same channels"
             )
         fingerprint.update(repr(shape).encode())
