@@ -42,10 +42,12 @@ setup(
         "nrrd": ["SimpleITK>=2.5.7"],
         "test": [
             "hypothesis>=6.170.17",
+            "h5py>=3.16.0",
             "MedPy>=0.5.2",
             "mypy>=2.4.1",
             "pytest>=9.2.0",
             "ruff>=0.17.6",
+            "SimpleITK>=2.5.7",
         ],
     },
     entry_points={
