@@ -63,6 +63,17 @@ def run(main: Callable[[list[str] | None], None]) -> None:
         sys.exit(130)
 
 
+def nifti_files(folder: Path) -> list[Path]:
+    """NIfTI files of a folder, sorted; hidden ones, such as macOS leaves, are passed over."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [p for p in paths if p.name.endswith((".nii", ".nii.gz")) and p.name[0] != "."]
+
+
+def stem(path: Path) -> str:
+    """Name of a NIfTI file without its ending."""
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
 def read_splits(path: Path) -> dict[str, list[str]]:
     """Reads a split file: JSON with lists of patient ids under "train", "val" and "test".
 

@@ -94,13 +94,7 @@ def prepare(
     listing = input_dir or csv_file
     if listing is None or (input_dir and csv_file):
         raise ValueError("give either --input DIR or --csv FILE")
-    if spacing is not None and len(spacing) not in (1, 3):
-        raise ValueError(f"--spacing takes one number or three, not {len(spacing)}")
-    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-        raise ValueError(
-            f"--val_fraction {val_fraction} and --test_fraction {test_fraction} must not be "
-            "negative and leave a part for training"
-        )
+    check_options(spacing, val_fraction, test_fraction)
     scans, problems = (list_folder if input_dir else list_csv)(Path(listing))
     scans, more = name_patients(scans, patient_pattern)
     problems += more
@@ -126,14 +120,9 @@ def prepare(
         label_values = sorted({0}.union(*(fact.values for fact in facts)))
         if len(label_values) < 2:
             raise ValueError("no mask holds a value other than 0: add masks, or give --label_values")
-    found, grid_spacing = choose_grid([fact.spacing for fact in facts if fact.spacing])
-    if spacing is not None:
-        across = None if len(spacing) == 1 else spacing[0]
-        grid_spacing = (across, spacing[-2 if across else -1], spacing[-1])
-    elif orientation is not None and orientation[0] not in _either_way(found[0]):
-        raise ValueError("with an --orientation of your own, give --spacing as well")
+    orientation, grid_spacing = fit_grid(facts, orientation, spacing)
     recipe = Recipe(
-        orientation=orientation or found,
+        orientation=orientation,
         spacing=grid_spacing,
         intensity=modality,
         window=window,
@@ -144,6 +133,17 @@ def prepare(
     dataset = write_prepared(output, sources, recipe, patients, name, skipped)
     print(common.summary(dataset))
     return dataset
+
+
+def check_options(spacing: Sequence[float] | None, val_fraction: float, test_fraction: float) -> None:
+    """Refuses what no files could fit. Raises ValueError that names the option."""
+    if spacing is not None and len(spacing) not in (1, 3):
+        raise ValueError(f"--spacing takes one number or three, not {len(spacing)}")
+    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+        raise ValueError(
+            f"--val_fraction {val_fraction} and --test_fraction {test_fraction} must not be "
+            "negative and leave a part for training"
+        )
 
 
 # --- Lists of files -------------------------------------------------------------------------------
@@ -159,13 +159,13 @@ def list_folder(folder: Path) -> tuple[list[Scan], list[str]]:
         raise FileNotFoundError(
             f"{folder} has no folder images/: put images there and masks into labels/, or use --csv"
         )
-    masks = {_stem(path): path for path in _nifti_files(labels)}
-    stems = {_stem(path) for path in _nifti_files(images)}
+    masks = {common.stem(path): path for path in common.nifti_files(labels)}
+    stems = {common.stem(path) for path in common.nifti_files(images)}
     scans: list[Scan] = []
     problems = []
     seen: dict[str, Path] = {}
-    for path in _nifti_files(images):
-        stem = _stem(path)
+    for path in common.nifti_files(images):
+        stem = common.stem(path)
         channel = re.fullmatch(r"(.*)_(\d{4})", stem)
         if channel and channel[2] != "0000" and f"{channel[1]}_0000" in stems:
             problems.append(f"{path}: is a further channel of {channel[1]}, and images have one: remove it")
@@ -183,16 +183,6 @@ def list_folder(folder: Path) -> tuple[list[Scan], list[str]]:
         f"{path}: has no image of that name in {images}: add the image or remove the mask" for path in masks.values()
     ]
     return scans, problems
-
-
-def _nifti_files(folder: Path) -> list[Path]:
-    """NIfTI files of a folder, sorted; hidden ones, such as macOS leaves, are passed over."""
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [p for p in paths if p.name.endswith((".nii", ".nii.gz")) and p.name[0] != "."]
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".nii")
 
 
 def list_csv(file: Path) -> tuple[list[Scan], list[str]]:
@@ -224,7 +214,7 @@ def list_csv(file: Path) -> tuple[list[Scan], list[str]]:
         if with_split and cells["split"] not in SPLITS:
             problems.append(f"{where}: split is {cells['split']!r}: write train, val or test on every line")
         listed = Path(cells["image"])
-        parts = [part for part in listed.with_name(_stem(listed)).parts if part not in ("/", "..")]
+        parts = [part for part in listed.with_name(common.stem(listed)).parts if part not in ("/", "..")]
         case_id = "_".join(parts)
         if case_id in seen:
             problems.append(f"{where}: is the same image as line {seen[case_id]}: remove one line")
@@ -253,7 +243,7 @@ def name_patients(scans: list[Scan], pattern: str | None) -> tuple[list[Scan], l
     for scan in scans:
         patient = scan.patient
         if not patient and pattern is not None:
-            stem = _stem(scan.image).removesuffix("_0000")
+            stem = common.stem(scan.image).removesuffix("_0000")
             match = re.search(pattern, stem)
             patient = (match and match[1]) or ""
             if not patient:
@@ -325,6 +315,28 @@ def _chance(*parts: object) -> float:
 
 
 # --- Orientation and spacing ----------------------------------------------------------------------
+
+
+def fit_grid(
+    facts: Sequence[common.CaseFacts], orientation: str | None, spacing: Sequence[float] | None
+) -> tuple[str, tuple[float | None, float, float]]:
+    """Orientation and spacing that were asked for, and otherwise suit the cases.
+
+    Args:
+      facts: of each case.
+      orientation: axis codes of slices, rows and columns; None = by the voxels' shape.
+      spacing: mm, of rows and columns, or of slices, rows and columns; None = the median.
+
+    Raises:
+      ValueError: slices are to be cut across another axis, and `spacing` is None.
+    """
+    found, median = choose_grid([fact.spacing for fact in facts if fact.spacing])
+    if spacing is not None:
+        across = None if len(spacing) == 1 else spacing[0]
+        return orientation or found, (across, spacing[-2 if across else -1], spacing[-1])
+    if orientation is not None and orientation[0] not in _either_way(found[0]):
+        raise ValueError("with an --orientation of your own, give --spacing as well")
+    return orientation or found, median
 
 
 def choose_grid(
