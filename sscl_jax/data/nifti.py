@@ -41,18 +41,7 @@ def read_image(path: str | Path, channels: bool = False) -> tuple[np.ndarray, np
       UserWarning: the affine's axes are not at right angles (they are treated as if they were).
     """
     image, array = _load(path, np.float32)
-    if array.ndim == 4 and not channels:
-        raise ValueError(
-            f"{path}: the image is 4-D, shape {array.shape}; split it into 3-D files, one for each "
-            "time point, or say that its fourth axis holds the channels of one image"
-        )
-    bad = array.size - np.count_nonzero(np.isfinite(array))
-    if bad:
-        first = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
-        raise ValueError(
-            f"{path}: {bad} of {array.size} voxels are NaN, infinite or beyond float32, the first "
-            f"at {first}; replace them by numbers"
-        )
+    array = check_image(path, array, channels)
     affine = _affine(image.header)
     shear = _shear(affine)
     if shear > 1e-3:
@@ -61,7 +50,7 @@ def read_image(path: str | Path, channels: bool = False) -> tuple[np.ndarray, np
             "degrees); distances and resampling ignore this",
             stacklevel=2,
         )
-    return array.reshape(*array.shape[:3], -1), affine, image.header
+    return array, affine, image.header
 
 
 def read_label(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
@@ -77,6 +66,36 @@ def read_label(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         to be labels.
     """
     image, array = _load(path, None)
+    return check_label(path, array), _affine(image.header)
+
+
+def check_image(path: str | Path, array: np.ndarray, channels: bool = False) -> np.ndarray:
+    """What an image of any format must be: float32 (X, Y, Z), or (X, Y, Z, C) -> (X, Y, Z, C).
+
+    Raises:
+      ValueError: the array is 4-D without `channels`, or has voxels that are not finite.
+    """
+    if array.ndim == 4 and not channels:
+        raise ValueError(
+            f"{path}: the image is 4-D, shape {array.shape}; split it into 3-D files, one for each "
+            "time point, or say that its fourth axis holds the channels of one image"
+        )
+    bad = array.size - np.count_nonzero(np.isfinite(array))
+    if bad:
+        first = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+        raise ValueError(
+            f"{path}: {bad} of {array.size} voxels are NaN, infinite or beyond float32, the first "
+            f"at {first}; replace them by numbers"
+        )
+    return array.reshape(*array.shape[:3], -1)
+
+
+def check_label(path: str | Path, array: np.ndarray) -> np.ndarray:
+    """What a label map of any format must be: (X, Y, Z) -> the smallest unsigned type that holds it.
+
+    Raises:
+      ValueError: the array is 4-D, or its values are fractional, negative, not finite or too many.
+    """
     if array.ndim == 4:
         raise ValueError(f"{path}: the label map is 4-D, shape {array.shape}; give one 3-D file")
     if array.dtype.kind == "f":
@@ -97,7 +116,7 @@ def read_label(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     distinct = np.count_nonzero(np.bincount(array.ravel())) if high < 2**16 else np.unique(array).size
     if distinct > MAX_LABELS:
         raise ValueError(f"{path}: {distinct} distinct values, a label map has at most {MAX_LABELS}; is this an image?")
-    return array, _affine(image.header)
+    return array
 
 
 def write_mask(path: str | Path, mask: np.ndarray, affine: np.ndarray, header: nib.Nifti1Header) -> None:
