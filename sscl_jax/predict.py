@@ -2,57 +2,151 @@
 
     python -m sscl_jax.predict --checkpoint=runs/acdc --input=DIR_OR_FILE --output=DIR
 
-A mask has the file name, geometry and label values of its scan. Exit status 1 if any scan could not be segmented.
+A scan is a NIfTI, NRRD or MetaImage file, or a folder with the slices of one DICOM series. For a network trained on
+several channels, they are the fourth axis of a file, or files named as in nnU-Net: `p1_0000.nii.gz`, `p1_0001.nii.gz`,
+... (or folders `p1_0000`, ... with a DICOM series each) are the scan `p1`.
+
+A mask has the name, geometry and label values of its scan; it is NIfTI, whatever the scan is. Exit status 1 if any scan
+could not be segmented.
 """
 
 import argparse
+import os
+import re
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 
 from sscl_jax import evaluate, experiment
-from sscl_jax.data import nifti
+from sscl_jax.data import formats, nifti
 from sscl_jax.data import recipe as recipes
 
 
-def find_scans(path: Path) -> list[Path]:
-    """NIfTI files: the file itself, or all below a folder, sorted.
+@dataclass(frozen=True)
+class Scan:
+    """One scan.
+
+    Attributes:
+      paths: its file or DICOM folder, or one for each channel, in their order.
+      mask: file name of its mask, below --output.
+    """
+
+    paths: tuple[Path, ...]
+    mask: Path
+
+
+def find_scans(path: Path, channels: int = 1) -> list[Scan]:
+    """The scan that `path` is, or all below it, sorted.
+
+    Args:
+      path: a file, or a folder.
+      channels: of the network; if several, files `NAME_0000`, `NAME_0001`, ... are one scan.
 
     Raises:
       FileNotFoundError: nothing there.
+      ValueError: the masks of two scans would have the same name.
     """
-    if path.is_file():
-        return [path]
-    found = sorted(p for p in path.rglob("*") if p.name.endswith((".nii", ".nii.gz")) and p.is_file())
+    path = path if path.name not in ("", "..") else path.resolve()
+    found = [path] if path.is_file() else list_scans(path)
     if not found:
-        raise FileNotFoundError(f"{path}: no .nii or .nii.gz file there.")
-    return found
+        raise FileNotFoundError(f"{path}: no .nii or .nii.gz file there, nor NRRD, MetaImage or DICOM.")
+    root = path.parent if found == [path] else path
+    if channels > 1 and found == [path] and formats.stem(path).endswith("_0000"):
+        found = [p for p in list_scans(root) if p.parent == root and _case(p) == _case(path)]
+    groups = _by_case(found) if channels > 1 else {p: [p] for p in found}
+    scans: dict[Path, Scan] = {}
+    for case, paths in groups.items():
+        scan = Scan(tuple(paths), _mask_name(case, paths[0]).relative_to(root))
+        other = scans.setdefault(scan.mask, scan)
+        if other != scan:
+            raise ValueError(f"{scan.paths[0]}, {other.paths[0]}: the masks of both would be {scan.mask}; rename one.")
+    return list(scans.values())
 
 
-def predict_file(network: experiment.Network, predict: evaluate.Predictor, scan: Path, output: Path) -> None:
+def _by_case(found: list[Path]) -> dict[Path, list[Path]]:
+    """Groups `NAME_0000`, `NAME_0001`, ... under `NAME`; what has no such number, or no `_0000`, stays alone."""
+    first = {p.with_name(_case(p) or p.name) for p in found if formats.stem(p).endswith("_0000")}
+    groups: dict[Path, list[Path]] = {}
+    for p in found:
+        case = p.with_name(_case(p) or p.name)
+        groups.setdefault(case if case in first else p, []).append(p)
+    return groups
+
+
+def list_scans(folder: Path) -> list[Path]:
+    """Files that are scans, and folders that hold DICOM files, at and below `folder`; hidden ones are passed over."""
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(place, name) for name in sorted(names) if not name.startswith(".")]
+        files = [p for p in paths if p.name.lower().endswith(formats.SUFFIXES)]
+        if any(formats.is_dicom(p) for p in paths if p not in files):
+            found.append(Path(place))
+        found += files
+    return sorted(found)
+
+
+def _case(path: Path) -> str | None:
+    """The name before `_0000`, `_0001`, ..., None if there is no such number."""
+    match = re.fullmatch(r"(.+)_\d{4}", formats.stem(path))
+    return match[1] if match else None
+
+
+def _mask_name(case: Path, first: Path) -> Path:
+    """Path of a mask beside its scan; `case` is the path of the scan, or that of all its channels."""
+    ending = next((e for e in (".nii.gz", ".nii") if first.name.lower().endswith(e)), None)
+    if case != first:
+        return case.with_name(f"{case.name}{ending or '.nii.gz'}")
+    return first if ending else first.with_name(f"{formats.stem(first)}.nii.gz")
+
+
+def read_scan(paths: Sequence[Path], channels: int) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header]:
+    """Reads a scan for a network of `channels`: (X, Y, Z, C), affine, header; of one channel, C counts the frames.
+
+    Raises:
+      ValueError: a file cannot be read, is not on the grid of the first, or the channels are not those trained on.
+    """
+    numbers, expected = [formats.stem(path)[-5:] for path in paths], [f"_{i:04d}" for i in range(channels)]
+    if len(paths) > 1 and numbers != expected:
+        raise ValueError(
+            f"{paths[0]}: its channels are {', '.join(numbers)}, but the network was trained on {', '.join(expected)}."
+        )
+    image, affine, header = formats.read_image(paths[0], channels=True)
+    parts = [image]
+    for path in paths[1:]:
+        part, other, _ = formats.read_image(path, channels=True)
+        if part.shape[:3] != image.shape[:3] or not np.allclose(other, affine, rtol=1e-3, atol=1e-3):
+            raise ValueError(f"{path}: is not on the grid of {paths[0]}; resample it.")
+        parts.append(part)
+    image = np.concatenate(parts, axis=-1) if len(parts) > 1 else image
+    if channels > 1 and image.shape[-1] != channels:
+        raise ValueError(f"{paths[0]}: {image.shape[-1]} channels, but the network was trained on {channels}.")
+    return image, affine, header
+
+
+def predict_file(
+    network: experiment.Network, predict: evaluate.Predictor, scan: Path | Sequence[Path], output: Path
+) -> None:
     """Segments one scan; a 4-D scan of a one-channel network is segmented frame by frame.
 
     Args:
       network: from `experiment.load_networks`.
       predict: from `evaluate.make_predictor`.
-      scan: NIfTI file.
+      scan: file or DICOM folder, or one for each channel.
       output: mask to write.
 
     Raises:
       ValueError: the scan cannot be read, or has not the channels trained on; names the file.
     """
-    image, affine, header = nifti.read_image(scan, channels=True)
-    grid = recipes.make_grid(image.shape[:3], affine, network.recipe)
     channels = network.meta["channels"]
-    if channels == 1:
-        frames = [image[..., i : i + 1] for i in range(image.shape[-1])]
-    elif image.shape[-1] == channels:
-        frames = [image]
-    else:
-        raise ValueError(f"{scan}: {image.shape[-1]} channels, but the network was trained on {channels}.")
+    image, affine, header = read_scan([scan] if isinstance(scan, Path) else scan, channels)
+    grid = recipes.make_grid(image.shape[:3], affine, network.recipe)
+    frames = [image[..., i : i + 1] for i in range(image.shape[-1])] if channels == 1 else [image]
     masks = []
     for frame in frames:
         prepared = recipes.prepare_image(frame, grid, network.recipe)
@@ -71,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--input",
         required=True,
         type=Path,
-        help="a NIfTI file, or a folder of them (searched in depth)",
+        help="a scan (NIfTI, NRRD, MetaImage, folder of a DICOM series), or a folder of scans (searched in depth)",
     )
     parser.add_argument("--output", required=True, type=Path, help="folder for the masks")
     parser.add_argument("--network", default="teacher", choices=["teacher", "student"], help="default: teacher")
@@ -86,21 +180,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not 0 <= args.overlap < 1:
         parser.error(f"--overlap={args.overlap}: must lie in [0, 1)")
     try:
-        scans = find_scans(args.input)
         network = experiment.load_networks(Path(args.checkpoint), args.kind)[args.network]
+        scans = find_scans(args.input, network.meta["channels"])
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     predict = evaluate.make_predictor(network.model, tuple(network.config.data.patch_size), args.overlap)
     print(f"{network.path}, {network.name}: {len(scans)} scan(s)")
-    root = args.input if args.input.is_dir() else args.input.parent
     failed = 0
     for scan in scans:
         start = time.monotonic()
-        target = args.output / scan.relative_to(root)
+        target = args.output / scan.mask
         try:
-            if target.resolve() == scan.resolve():
-                raise ValueError(f"{scan}: the mask would replace the scan; choose another --output.")
-            predict_file(network, predict, scan, target)
+            if target.resolve() in [path.resolve() for path in scan.paths]:
+                raise ValueError(f"{target}: the mask would replace the scan; choose another --output.")
+            predict_file(network, predict, scan.paths, target)
             print(f"{target}  {time.monotonic() - start:.2f} s", flush=True)
         except (ValueError, OSError) as error:
             failed += 1
