@@ -42,6 +42,7 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.data = ConfigDict()
     config.data.path = ""  # folder that a data_prep command wrote
     config.data.labeled_patients = 7  # training patients whose labels are used; -1 = all who have one
+    config.data.labeled_fraction = 0.0  # above 0: this share of the training patients instead, rounded down, at least 1
     config.data.labeled_seed = -1  # -1: the first of the split's list; >= 0: drawn with this seed
     config.data.patch_size = (128, 128)  # pixels, (H, W) or (D, H, W)
     config.data.labeled_batch = 4  # labelled images in a step, over all devices

@@ -307,8 +307,15 @@ def evaluate_split(network: Any, split: str, data: str | None) -> tuple[list[Cas
         raise ValueError(f"{dataset.name}: no case with a label in the {split} split.")
     config = network.config
     predict = make_predictor(network.model, tuple(config.data.patch_size), config.eval.final_overlap)
+    results = evaluate_cases(predict, network.variables, dataset, cases, config.eval.largest_component)
+    return results, heading(network, split, cases)
+
+
+def heading(network: Any, split: str, cases: Sequence[Case]) -> str:
+    """What a table is about: split, network, step, method; checkpoint and cases on a second line."""
+    config = network.config
     title = f"{split}, {network.name}, step {network.path.name} ({config.method}, seed {config.seed})"
-    return evaluate_cases(predict, network.variables, dataset, cases, config.eval.largest_component), title
+    return f"{title}\n{network.path}, {len(cases)} cases: {', '.join(case.case_id for case in cases)}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,6 +22,7 @@ NETWORKS = ("student", "teacher")
 # Fields that may differ when a training goes on: they decide what is shown and kept, not what is learnt.
 FREE_FIELDS = (
     "data.path",
+    "data.labeled_fraction",  # data.labeled_patients holds the number that it makes
     "log_every",
     "save_every",
     "eval.every",
@@ -52,6 +53,7 @@ def check_config(config: ConfigDict) -> None:
         require(get(field) >= 0, field, "must be at least 0")
     for field in ("contrast.threshold", "pseudo_label.threshold"):
         require(0 <= get(field) <= 1, field, "must lie in [0, 1]")
+    require(0 <= config.data.labeled_fraction <= 1, "data.labeled_fraction", "a share of the patients, 0 to 1")
     require(bool(config.data.path), "data.path", "name the folder that a data_prep command wrote")
     require(len(config.data.patch_size) in (2, 3), "data.patch_size", "give (H, W) or (D, H, W)")
     factor = 2 ** (len(config.model.widths) - 1)

@@ -163,7 +163,7 @@ def format_table(summary: Summary, class_names: Sequence[str], title: str) -> st
     Args:
       summary: from `summarise`.
       class_names: K-1 names of the classes 1..K-1, background left out.
-      title: first line of the text.
+      title: first line, or lines, of the text.
 
     Returns:
       Lines joined by newlines, without one at the end. Cells are mean ± standard deviation over

@@ -7,7 +7,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,16 @@ from tensorboardX import SummaryWriter
 from sscl_jax import evaluate, experiment, metrics, parallel, report
 from sscl_jax.checkpoint import Checkpoints
 from sscl_jax.data.prepared import PreparedDataset, open_prepared
-from sscl_jax.data.sampling import Pool, Roles, assign_roles, canvas_shape, sample_order
+from sscl_jax.data.sampling import (
+    Pool,
+    Roles,
+    assign_roles,
+    canvas_shape,
+    classes_held,
+    patients_of_fraction,
+    sample_order,
+    unpredicted,
+)
 
 TERMS = (
     "loss",
@@ -40,6 +49,8 @@ COLUMNS = (
     "val_dice", "val_hd95_mm",
 )  # fmt: skip
 
+UNPREDICTED = 3  # evaluations without a class in any prediction, after which that is told
+
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summary]]:
     """Trains, or goes on with, the training in `workdir`, and measures its best checkpoint.
@@ -57,6 +68,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
     """
     experiment.check_config(config)
     dataset = open_prepared(Path(config.data.path))
+    if config.data.labeled_fraction > 0:
+        config = config.copy_and_resolve_references()
+        config.data.labeled_patients = patients_of_fraction(dataset, config.data.labeled_fraction)
     roles = assign_roles(dataset, config.data.labeled_patients, config.data.labeled_seed)
     semi_supervised = experiment.uses_unlabeled(config)
     if semi_supervised and not roles.unlabeled:
@@ -64,6 +78,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
             f"data.labeled_patients={config.data.labeled_patients} leaves no unlabelled patient for method "
             f"{config.method!r}: lower it, or take :supervised."
         )
+    held = classes_held(dataset, roles.labeled + roles.val)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -72,11 +87,11 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
     # The state: restored, or new.
     last, best = Checkpoints(workdir, "last"), Checkpoints(workdir, "best")
     state = experiment.make_state(config, dataset.num_classes, dataset.channels)
-    memory: dict[str, Any] = {"pending": {}, "best": None, "seconds": 0.0}
+    memory: dict[str, Any] = {"pending": {}, "best": None, "seconds": 0.0, "unpredicted": {}}
     if restored := last.restore(state):
         state, meta = restored
         experiment.check_same_training(config, meta, dataset.fingerprint, workdir)
-        memory = {name: meta[name] for name in memory}
+        memory |= {name: meta[name] for name in memory if name in meta}
     start = int(state.step)
     state = parallel.replicate(state)
     meta = {
@@ -89,6 +104,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
     main = parallel.is_main_process()
     if main:
         _describe(config, dataset.name, roles, start)
+        _describe_classes(dataset.recipe.class_names, roles, held)
         (workdir / "config.json").write_text(json.dumps(meta["config"], indent=1), encoding="utf-8")
     log = Log(workdir, start, main)
     step_fn = experiment.make_step(config, dataset.num_classes)
@@ -99,6 +115,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
     largest = config.eval.largest_component
     images = config.data.labeled_batch + (config.data.unlabeled_batch if semi_supervised else 0)
     batches = Batches(config, dataset, roles)
+    wanted = set().union(*(held[case.case_id] for case in roles.val))
 
     pending = {name: tuple(pair) for name, pair in memory["pending"].items()}
     unread: list[tuple[int, Any]] = []
@@ -130,7 +147,12 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
                 summary = metrics.summarise([r.metrics for r in results])
                 dice = summary.overall_mean["dice"]
                 row = {"val_dice": dice, "val_hd95_mm": summary.overall_mean["hd95"]}
-                if memory["best"] is None or dice > memory["best"]["dice"]:
+                predicted = set().union(*(np.unique(r.prediction).tolist() for r in results))
+                memory["unpredicted"] = unpredicted(memory["unpredicted"], wanted, predicted)
+                if main:
+                    _tell_unpredicted(memory["unpredicted"], dataset.recipe.class_names, config.eval.select, done)
+                old = memory["best"]
+                if old is None or np.isnan(old["dice"]) or dice > old["dice"]:  # NaN: nothing was there to find
                     memory["best"] = {"step": done, "dice": dice}
                     best.save(host, meta | memory | {"pending": pending})
                 mark = time.monotonic()  # evaluation is not training time
@@ -294,6 +316,31 @@ def _describe(config: ConfigDict, name: str, roles: Roles, start: int) -> None:
         print(f"  goes on from step {start}", flush=True)
 
 
+def _describe_classes(class_names: Sequence[str], roles: Roles, held: dict[str, set[int]]) -> None:
+    """Prints in how many cases each class is, and which labels are empty; a class to learn must be in one."""
+    for c, name in enumerate(class_names[1:], start=1):
+        labeled, val = (sum(c in held[case.case_id] for case in part) for part in (roles.labeled, roles.val))
+        print(f"  {name}: in {labeled} of {len(roles.labeled)} labelled cases, {val} of {len(roles.val)} val cases")
+        if not labeled:
+            print(
+                f"warning: no labelled case holds {name}, so it cannot be learnt: take more patients, others "
+                "(data.labeled_seed), or another split"
+            )
+    for part, cases in (("labelled", roles.labeled), ("val", roles.val)):
+        if empty := [case.case_id for case in cases if not held[case.case_id]]:
+            print(f"  empty label ({part}): {', '.join(empty)}")
+
+
+def _tell_unpredicted(counts: dict[str, int], class_names: Sequence[str], network: str, step: int) -> None:
+    """Warns of classes that have not been predicted for some evaluations, and again after as many."""
+    for c, times in counts.items():
+        if times % UNPREDICTED == 0:
+            print(
+                f"warning: step {step}: in {times} evaluations in a row the {network} has predicted no "
+                f"{class_names[int(c)]} in any val case, though some hold it: label more patients, or train for longer"
+            )
+
+
 def _final_tables(
     config: ConfigDict, workdir: Path, dataset: PreparedDataset, roles: Roles, seconds: float
 ) -> dict[str, dict[str, metrics.Summary]]:
@@ -316,7 +363,7 @@ def _final_tables(
         report.write_overlays(workdir / f"{split}_overlays", results[config.eval.select], dataset)
         pool = Pool(dataset, cases, tuple(config.data.patch_size), labeled=True)
         for network in networks:
-            title = f"{split}, {network.name}, step {network.path.name} ({config.method}, seed {config.seed})"
+            title = evaluate.heading(network, split, cases)
             print("\n" + metrics.format_table(summaries[split][network.name], dataset.recipe.class_names[1:], title))
             quality = evaluate.feature_quality(model, network.variables, pool, dataset.num_classes)
             print("pixel features: compactness {:.3f} (0..1), separability {:.3f} (0..2)".format(*quality))

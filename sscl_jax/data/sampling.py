@@ -66,6 +66,45 @@ def assign_roles(dataset: PreparedDataset, labeled_patients: int, labeled_seed: 
     )
 
 
+def patients_of_fraction(dataset: PreparedDataset, fraction: float) -> int:
+    """How many patients a share of the training patients is: rounded down as published subsets are, at least 1.
+
+    The share is of all training patients, with a label or not, so that it does not depend on the labels of those who
+    play the unlabelled part. 5 % of 70 are 3, and 10 % are 7.
+    """
+    patients = len(dataset.patients["train"])
+    return max(1, int(fraction * patients + 1e-9))  # 0.29 * 100 is a little less than 29
+
+
+def classes_held(dataset: PreparedDataset, cases: list[Case]) -> dict[str, set[int]]:
+    """Classes in the prepared label of each case, background left out, by case id; reads the labels.
+
+    Raises:
+      ValueError: a label has a class that there is not. JAX would take it for another one and say nothing.
+    """
+    held = {}
+    for case in cases:
+        classes = {int(c) for c in np.unique(dataset.label(case.index))}
+        if max(classes) >= dataset.num_classes:
+            raise ValueError(
+                f"case {case.case_id}: its label has class {max(classes)}, but the classes are 0 to "
+                f"{dataset.num_classes - 1}: {dataset.path} is damaged, prepare it again."
+            )
+        held[case.case_id] = classes - {0}
+    return held
+
+
+def unpredicted(before: dict[str, int], wanted: set[int], predicted: set[int]) -> dict[str, int]:
+    """How many evaluations in a row a class of the references was predicted in no case, by class; others are left out.
+
+    Args:
+      before: what this function gave at the evaluation before, {} at the first. Classes are text, as JSON wants keys.
+      wanted: classes of the references.
+      predicted: classes of all predictions of this evaluation.
+    """
+    return {str(c): before.get(str(c), 0) + 1 for c in sorted(wanted - predicted)}
+
+
 def sample_order(seed: int, stream: int, step: int, batch: int, size: int) -> np.ndarray:
     """Indices (batch,) in [0, size) of the samples of a step: shuffled passes over all samples, one after another."""
     places = step * batch + np.arange(batch)
