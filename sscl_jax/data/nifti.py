@@ -16,6 +16,7 @@ from nibabel.affines import voxel_sizes
 
 MAX_VOXELS = 2**31
 MAX_LABELS = 256
+SHEAR = 2e-4  # radians; headers in float32 or with few digits stay below
 # Deflate cannot shrink by more than this factor, so a .gz file bounds the data that it holds.
 _DEFLATE_RATIO = 1032
 
@@ -35,21 +36,21 @@ def read_image(path: str | Path, channels: bool = False) -> tuple[np.ndarray, np
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: not NIfTI, damaged or truncated, RGB or complex, a shape other than the above, or
-        voxels that are not finite.
+        voxels that are not finite. A fourth axis of 3 or 4 bytes is taken for colour, never for time.
 
     Warns:
       UserWarning: the affine's axes are not at right angles (they are treated as if they were).
     """
     image, array = _load(path, np.float32)
+    if array.ndim == 4 and array.shape[3] in (3, 4) and image.get_data_dtype() == np.uint8:
+        raise ValueError(
+            f"{path}: shape {array.shape} of uint8 looks like an RGB colour image; convert it to one number per "
+            "voxel, or to int16 if the fourth axis holds channels or time points"
+        )
     array = check_image(path, array, channels)
     affine = _affine(image.header)
-    shear = _shear(affine)
-    if shear > 1e-3:
-        warnings.warn(
-            f"{path}: the affine is sheared (axes off a right angle by {math.degrees(shear):.2g} "
-            "degrees); distances and resampling ignore this",
-            stacklevel=2,
-        )
+    if warning := shear_warning(path, affine):
+        warnings.warn(warning, stacklevel=2)
     return array, affine, image.header
 
 
@@ -117,6 +118,17 @@ def check_label(path: str | Path, array: np.ndarray) -> np.ndarray:
     if distinct > MAX_LABELS:
         raise ValueError(f"{path}: {distinct} distinct values, a label map has at most {MAX_LABELS}; is this an image?")
     return array
+
+
+def shear_warning(path: str | Path, affine: np.ndarray) -> str:
+    """What to tell of an affine whose axes are not at right angles, "" if they are, to float32's rounding."""
+    angle = _shear(affine)
+    if angle < SHEAR:
+        return ""
+    return (
+        f"{path}: the affine is sheared (axes off a right angle by {math.degrees(angle):.2g} degrees); distances and "
+        "resampling ignore this"
+    )
 
 
 def write_mask(path: str | Path, mask: np.ndarray, affine: np.ndarray, header: nib.Nifti1Header) -> None:
