@@ -16,9 +16,13 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+METRICS = ("dice", "jaccard", "hd95_mm", "assd_mm")
 
-def read_cases(workdir: Path, split: str, network: str) -> dict[tuple[str, str], dict[str, float]]:
-    """The rows of a training's case table: (case, class) to `dice` and `hd95_mm`, NaN where the class does not count.
+Rows = dict[tuple[str, str], dict[str, float]]  # by case and class; NaN where the class does not count in the case
+
+
+def read_cases(workdir: Path, split: str, network: str) -> Rows:
+    """The rows of a training's case table: (case, class) to `METRICS` and `flagged`.
 
     Raises:
       FileNotFoundError: the training has no such table.
@@ -29,26 +33,40 @@ def read_cases(workdir: Path, split: str, network: str) -> dict[tuple[str, str],
     with open(path, newline="", encoding="utf-8") as file:
         return {
             (row["case"], row["class"]): {
-                name: float(row[name]) if row["counted"] == "1" else math.nan for name in ("dice", "hd95_mm")
+                **{name: float(row[name]) if row["counted"] == "1" else math.nan for name in METRICS},
+                "flagged": float(row["flagged"]),
             }
             for row in csv.DictReader(file)
             if row["network"] == network
         }
 
 
-def class_means(rows: dict[tuple[str, str], dict[str, float]], name: str) -> dict[str, float]:
+def counted(rows: Rows, name: str, place: int) -> dict[str, list[float]]:
+    """Values of a metric that count, by case (`place` 0) or by class (1), in the order of the table."""
+    values: dict[str, list[float]] = {}
+    for key, row in rows.items():
+        if not math.isnan(row[name]):
+            values.setdefault(key[place], []).append(row[name])
+    return values
+
+
+def case_means(rows: Rows, name: str) -> dict[str, float]:
+    """Mean of each case over the classes that count in it; a case without any is left out."""
+    return {case: float(np.mean(values)) for case, values in counted(rows, name, 0).items()}
+
+
+def class_means(rows: Rows, name: str) -> dict[str, float]:
     """Mean of each class over the cases in which it counts; a class that counts in none is left out."""
-    counted = [(c, row[name]) for (_, c), row in rows.items() if not math.isnan(row[name])]
-    return {each: float(np.mean([v for c, v in counted if c == each])) for each in dict(counted)}
+    return {each: float(np.mean(values)) for each, values in counted(rows, name, 1).items()}
 
 
-def class_mean(rows: dict[tuple[str, str], dict[str, float]], name: str) -> float:
+def class_mean(rows: Rows, name: str) -> float:
     """Mean over classes of `class_means`; NaN where there is none."""
     means = list(class_means(rows, name).values())
     return float(np.mean(means)) if means else math.nan
 
 
-def paired(a: dict, b: dict) -> tuple[float, float, int, float]:
+def paired(a: Rows, b: Rows) -> tuple[float, float, int, float]:
     """Difference b - a of the mean Dice of each case: mean, standard deviation, n, Wilcoxon signed-rank p.
 
     Which classes count depends on the prediction too, so each case is compared over the classes that count in both;

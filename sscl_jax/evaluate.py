@@ -173,18 +173,21 @@ def evaluate_cases(
     return results
 
 
-def feature_quality(
+def pixel_features(
     model: UNet, variables: Any, pool: Pool, num_classes: int, per_class: int = 2000, batch: int = 8
-) -> tuple[float, float]:
-    """Compactness and separability of pixel features on labelled images, see `metrics.compactness_separability`.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features of single pixels of labelled images, with their classes.
 
     Args:
       model: the network; features are those of its `feature_level`, before the projection.
       variables: its variables.
       pool: labelled samples, on a canvas of the size trained on.
       num_classes: number of classes.
-      per_class: pixels of each class that count, drawn with a fixed seed.
+      per_class: at most so many pixels of each class, drawn with a fixed seed.
       batch: images in one call.
+
+    Returns:
+      Features (N, channels) float32 and classes (N,), for `metrics.compactness_separability`.
     """
     step = 2**model.feature_level
     centre = (slice(None), *(slice(step // 2, None, step),) * len(pool.canvas))
@@ -200,7 +203,7 @@ def feature_quality(
     x, y = np.concatenate(features), np.concatenate(labels)
     order = np.random.RandomState(0).permutation(len(y))
     chosen = np.concatenate([order[y[order] == c][:per_class] for c in range(num_classes)])
-    return metrics.compactness_separability(x[chosen], y[chosen], num_classes)
+    return x[chosen], y[chosen]
 
 
 CASE_COLUMNS = (

@@ -1,97 +1,398 @@
-"""Pictures of what a training made of its cases."""
+"""One HTML file that shows what a training did: no network, light and dark, printable.
 
-from collections.abc import Sequence
+    python -m sscl_jax.report --workdir=runs/acdc [--compare runs/acdc_supervised ...]
+
+Written at the end of every training too. It reads what the training left in its folder: `run.json`, `config.json`,
+`metrics.csv`, the case tables and the pictures.
+"""
+
+import argparse
+import base64
+import csv
+import html
+import io
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 
-from sscl_jax.data import recipe as recipes
-from sscl_jax.data.prepared import PreparedDataset
-from sscl_jax.evaluate import CaseResult
+from sscl_jax import compare
+from sscl_jax.pictures import COLOURS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.lines import Line2D  # noqa: E402
 
-COLOURS = ("#e6550d", "#31a354", "#3182bd", "#756bb1", "#e7298a", "#e6ab02", "#17becf", "#8c564b")
+# Panels of the curves: title, columns of metrics.csv.
+CURVES = (
+    ("loss", ("loss",)),
+    ("val Dice", ("val_dice",)),
+    ("val HD95, mm", ("val_hd95_mm",)),
+    ("terms of the loss", ("sup_ce", "sup_dice", "pl_ce", "pl_dice", "cons")),
+    ("contrast", ("con",)),
+    ("share of pixels with a pseudo-label", ("pl_coverage",)),
+    ("weights of the terms", ("weight_contrast", "weight_consistency", "weight_pseudo_label")),
+    ("learning rate", ("learning_rate",)),
+)
+ROLES = ("labelled", "unlabelled", "val", "test")
+NETWORKS = ("teacher", "student")
+WORST = 10  # cases listed
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; --good: #31a354; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem; }
+.card { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; }
+.card b { display: block; font-size: 1.5rem; line-height: 1.3; } .card span { opacity: .75; }
+.verdict { border-left: .3rem solid var(--good); padding: .2rem .8rem; background: var(--soft); }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { padding: .2rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+td:first-child, th:first-child { text-align: left; } td.text, th.text { text-align: left; white-space: normal; }
+img { max-width: 100%; border-radius: .3rem; background: #fff; } figure { margin: 1rem 0; }
+svg { max-width: 100%; height: auto; } svg text { fill: currentColor; }
+figcaption, .note { opacity: .8; font-size: .9rem; }
+@media print { body { max-width: none; } figure, table { break-inside: avoid; } }
+"""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
 
 
-def write_overlays(
-    folder: Path, results: Sequence[CaseResult], dataset: PreparedDataset, slices: int = 6
-) -> list[Path]:
-    """Draws best, median and worst case by mean Dice: slices with reference and prediction as outlines.
+class Run(NamedTuple):
+    """What a training left in its folder.
+
+    Attributes:
+      workdir: the folder.
+      config: its config.
+      run: what `train.describe_run` wrote: data, roles, devices, versions, time, features.
+      curves: rows of metrics.csv.
+      cases: by split and network, rows of the case table.
+    """
+
+    workdir: Path
+    config: dict[str, Any]
+    run: dict[str, Any]
+    curves: list[dict[str, str]]
+    cases: dict[str, dict[str, compare.Rows]]
+
+
+def read_run(workdir: Path) -> Run:
+    """Reads the folder of a training, also one that has not ended.
+
+    Raises:
+      FileNotFoundError: it is none.
+    """
+    for name in ("config.json", "run.json"):
+        if not (workdir / name).is_file():
+            raise FileNotFoundError(f"{workdir} has no {name}: give the --workdir of a training.")
+    config, run = (json.loads((workdir / n).read_text(encoding="utf-8")) for n in ("config.json", "run.json"))
+
+    cases, curves = {}, []
+    for split in ("val", "test"):
+        if (workdir / f"{split}_cases.csv").is_file():
+            cases[split] = {network: compare.read_cases(workdir, split, network) for network in NETWORKS}
+    if (workdir / "metrics.csv").is_file():
+        with open(workdir / "metrics.csv", newline="", encoding="utf-8") as file:
+            curves = list(csv.DictReader(file))
+    return Run(workdir, config, run, curves, cases)
+
+
+def write_report(workdir: Path, others: Sequence[Path] = ()) -> Path:
+    """Writes `report.html` into the folder of a training.
 
     Args:
-      folder: where the PNG files go; made if absent, earlier pictures in it are replaced.
-      results: evaluated cases.
-      dataset: gives images and labels.
-      slices: at most so many, evenly spaced over those that hold reference or prediction.
+      workdir: the training.
+      others: trainings to compare it with.
 
     Returns:
-      The files written.
+      The file.
+
+    Raises:
+      FileNotFoundError, ValueError: a folder is no training, or the trainings cannot be compared.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
-    score = [np.nanmean(r.metrics.dice) if r.metrics.counted.any() else np.nan for r in results]
-    order = [i for i in np.argsort(score)[::-1] if np.isfinite(score[i])]  # NaN: nothing to find, nothing found
-    if not order:
+    run = read_run(workdir)
+    name, method = run.run["dataset"], run.config["method"]
+    parts = [f"<h1>{_text(name)}: {_text(method)}, {run.config['data']['labeled_patients']} labelled patients</h1>"]
+    parts += _first_screen(run)
+    parts += _comparison(run, [read_run(other) for other in others])
+    for split in run.cases:
+        parts += _results(run, split)
+    parts += _curves(run)
+    parts += _background(run)
+    title = f"sscl_jax report: {name}, {method}"
+    path = workdir / "report.html"
+    path.write_text(PAGE.format(title=_text(title), style=STYLE, body="\n".join(parts)), encoding="utf-8")
+    return path
+
+
+# --- First screen ---------------------------------------------------------------------------------
+
+
+def _first_screen(run: Run) -> list[str]:
+    cards = []
+    for role in ROLES:
+        counts = run.run["roles"][role]
+        cards.append((str(len(counts["patients"])), f"{role} patients ({counts['cases']} cases)"))
+    for split, tables in run.cases.items():
+        for network, rows in tables.items():
+            spread = np.std(list(compare.case_means(rows, "dice").values()) or [math.nan])
+            value = f"{100 * compare.class_mean(rows, 'dice'):.1f} % ± {100 * spread:.1f}"
+            distance = compare.class_mean(rows, "hd95_mm")
+            cards.append((value, f"Dice of the {network} on {split}; HD95 {distance:.1f} mm"))
+    text = "".join(f'<div class="card"><b>{value}</b><span>{_text(name)}</span></div>' for value, name in cards)
+    return [f'<p class="verdict">{_text(verdict(run))}</p>', f'<div class="cards">{text}</div>']
+
+
+def verdict(run: Run) -> str:
+    """What the figures say, in words."""
+    if not run.cases:
+        done = max((int(row["step"]) for row in run.curves), default=0)
+        return f"Not measured: {done} of {run.config['steps']} steps are done, or there is no val case with a label."
+    split = "test" if "test" in run.cases else "val"
+    rows = run.cases[split]["teacher"]
+    by_case, by_class = compare.case_means(rows, "dice"), compare.class_means(rows, "dice")
+    if not by_case:
+        return f"No class is in any reference or prediction on {split}: there is nothing to measure."
+    worst, weakest = min(by_case, key=lambda c: by_case[c]), min(by_class, key=lambda c: by_class[c])
+    dice, distance = compare.class_mean(rows, "dice"), compare.class_mean(rows, "hd95_mm")
+    missed = int(sum(row["flagged"] for row in rows.values()))
+    sentences = [
+        f"On {len(by_case)} {split} cases the teacher reaches a mean Dice of {100 * dice:.1f} % and an HD95 of "
+        f"{distance:.1f} mm.",
+        f"Weakest class: {weakest}, {100 * by_class[weakest]:.1f} %." if len(by_class) > 1 else "",
+        f"Worst case: {worst}, {100 * by_case[worst]:.1f} %.",
+        f"{missed} times a class was missed altogether, or found where there is none." if missed else "",
+        "Val also chose the checkpoint, so expect a little less on new scans." if split == "val" else "",
+        "This is one seed: the spread between trainings is not in these figures.",
+    ]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _comparison(run: Run, others: Sequence[Run]) -> list[str]:
+    if not others:
         return []
-    chosen = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
-    paths = []
-    for rank, index in chosen.items():
-        paths.append(folder / f"{rank}_{results[index].case.case_id}.png")
-        _draw_case(paths[-1], results[index], dataset, slices, f"{rank} of {len(order)} cases")
-    return paths
+    parts = ["<h2>Compared with other trainings</h2>"]
+    for split, tables in run.cases.items():
+        lines = []
+        for other in (run, *others):
+            if split not in other.cases:
+                raise ValueError(f"{other.workdir} has no table of {split}: let the training end.")
+            rows = other.cases[split]["teacher"]
+            cells: list[object] = [other.workdir, other.config["method"], other.config["data"]["labeled_patients"]]
+            cells += [other.config["seed"], f"{100 * compare.class_mean(rows, 'dice'):.2f}"]
+            cells.append(f"{compare.class_mean(rows, 'hd95_mm'):.2f}")
+            if other is not run:
+                mean, std, n, p = compare.paired(rows, tables["teacher"])
+                cells += [f"{100 * mean:+.2f} ± {100 * std:.2f}", n, f"{p:.2g}"]
+            lines.append([str(cell) for cell in cells])
+        header = ["training", "method", "labelled", "seed", "Dice %", "HD95 mm", "this one minus that one", "n", "p"]
+        parts.append(f"<h3>{split}, teacher</h3>" + _table(header, lines))
+    note = "Differences of the cases' mean Dice, mean ± standard deviation; p: Wilcoxon signed-rank test."
+    return [*parts, f'<p class="note">{note}</p>']
 
 
-def _draw_case(path: Path, result: CaseResult, dataset: PreparedDataset, slices: int, title: str) -> None:
-    case, recipe = result.case, dataset.recipe
-    image = dataset.image(case.index)[..., 0]
-    reference = dataset.label(case.index)
-    values = recipes.unmap_labels(result.prediction, recipe.label_values)
-    prediction = recipes.prepare_label(values, case.grid, recipe)
-    shown = np.flatnonzero(((reference > 0) | (prediction > 0)).any((1, 2)))
-    shown = shown[np.unique(np.round(np.linspace(0, len(shown) - 1, slices)).astype(int))]
-    box = _around(np.any((reference > 0) | (prediction > 0), axis=0), margin=12)
+# --- Results --------------------------------------------------------------------------------------
 
-    figure, axes = plt.subplots(1, len(shown), figsize=(2.6 * len(shown), 3.4), squeeze=False, layout="constrained")
-    low, high = np.percentile(image, (1, 99.5))
-    for axis, z in zip(axes[0], shown, strict=True):
-        axis.imshow(
-            image[z][box],
-            cmap="gray",
-            vmin=low,
-            vmax=high,
-            aspect=case.grid.spacing[1] / case.grid.spacing[2],
+
+def _results(run: Run, split: str) -> list[str]:
+    tables = run.cases[split]
+    # best_CASE.png and so on: the order in which they are shown, and the case
+    found = [
+        path for rank in ("best", "median", "worst") for path in run.workdir.glob(f"{split}_overlays/{rank}_*.png")
+    ]
+    pictures = {path.stem.split("_", 1)[1]: path for path in found}
+    parts = [f"<h2>Results on {split}</h2>", _class_table(tables), _strip_plot(tables["teacher"], split)]
+    if pictures:
+        parts.append(f"<h2>Best, median and worst case on {split}</h2>")
+    for case, path in pictures.items():
+        parts.append(f'<figure id="{split}-{_text(case)}">{_png(path, f"overlay of {case}")}</figure>')
+    parts += [f"<h2>Worst cases on {split}</h2>", _worst_table(tables["teacher"], split, pictures)]
+    if (features := run.workdir / f"{split}_features.png").is_file():
+        caption = "Features of single pixels, coloured by reference class, on their first two principal axes. "
+        caption += "; ".join(
+            f"{network}: compactness {q['compactness']:.3f} (0 to 1), separability {q['separability']:.3f} (0 to 2)"
+            for network, q in run.run.get("features", {}).get(split, {}).items()
         )
-        for c in range(1, dataset.num_classes):
-            colour = COLOURS[(c - 1) % len(COLOURS)]
-            for mask, style in ((reference, "solid"), (prediction, "dashed")):
-                inside = (mask[z] == c)[box]
-                if inside.any() and not inside.all():
-                    axis.contour(inside, levels=[0.5], colors=[colour], linewidths=1.4, linestyles=style)
-        axis.set_title(f"slice {z + 1}/{image.shape[0]}", fontsize=8)
-        axis.set_axis_off()
-    dice = ", ".join(
-        f"{name} {d:.3f}"
-        for name, d, n in zip(recipe.class_names[1:], result.metrics.dice, result.metrics.counted, strict=True)
-        if n
+        picture = _png(features, "pixel features")
+        parts += [
+            f"<h2>Pixel features on {split}</h2>",
+            f"<figure>{picture}<figcaption>{caption}</figcaption></figure>",
+        ]
+    return parts
+
+
+def _class_table(tables: dict[str, compare.Rows]) -> str:
+    lines = []
+    for network, rows in tables.items():
+        for name in dict.fromkeys(c for _, c in rows):
+            cells = [f"{network}, {name}"]
+            for metric, scale in zip(compare.METRICS, (100, 100, 1, 1), strict=True):
+                values = scale * np.array(compare.counted(rows, metric, 1).get(name, []))
+                cells.append(f"{values.mean():.2f} ± {values.std():.2f}" if values.size else "n/a")
+            flagged = sum(row["flagged"] for (_, c), row in rows.items() if c == name)
+            lines.append([*cells, str(values.size), f"{flagged:.0f}"])
+    note = (
+        "Mean ± standard deviation over the n cases in which the class is in reference or prediction. Flagged: in one "
+        "of them only, scored as Dice 0 and distance = image diagonal. On the scans' own grid."
     )
-    spacing = " x ".join(f"{s:.2f}" for s in case.grid.native_spacing)
-    figure.suptitle(f"{case.case_id}, {title}: Dice {dice}; voxels {spacing} mm", fontsize=9)
-    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=n) for i, n in enumerate(recipe.class_names[1:])]
-    handles += [Line2D([], [], color="gray", ls=s, label=n) for s, n in (("-", "reference"), ("--", "prediction"))]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
-    figure.savefig(path, dpi=110)
+    header = ["class", "Dice %", "Jaccard %", "HD95 mm", "ASSD mm", "n", "flagged"]
+    return _table(header, lines) + f'<p class="note">{note}</p>'
+
+
+def _strip_plot(rows: compare.Rows, split: str) -> str:
+    classes = list(dict.fromkeys(c for _, c in rows))
+    values = compare.counted(rows, "dice", 1)
+    figure, axis = plt.subplots(figsize=(7.5, 0.6 + 0.45 * len(classes)), layout="constrained")
+    for place, name in enumerate(classes):
+        points = np.array(values.get(name, []))
+        offsets = 0.28 * np.sin(2.4 * np.arange(points.size))  # not by chance: the same report every time
+        axis.plot(points, place + offsets, "o", ms=4, alpha=0.65, color=COLOURS[place % len(COLOURS)])
+        if points.size:
+            axis.plot([np.median(points)] * 2, [place - 0.38, place + 0.38], color="#000000", lw=1.6)
+    axis.set(yticks=range(len(classes)), yticklabels=classes, xlim=(-0.02, 1.02))
+    axis.set_xlabel(f"Dice by {split} case, teacher; bar: median")
+    axis.invert_yaxis()
+    return f"<figure>{_svg(figure)}</figure>"
+
+
+def _worst_table(rows: compare.Rows, split: str, pictures: dict[str, Path]) -> str:
+    dice, distance = compare.case_means(rows, "dice"), compare.case_means(rows, "hd95_mm")
+    lines = []
+    for case in sorted(dice, key=lambda c: dice[c])[:WORST]:
+        detail = ", ".join(
+            f"{name} {100 * row['dice']:.1f}{' (flagged)' if row['flagged'] else ''}"
+            for (each, name), row in rows.items()
+            if each == case and not math.isnan(row["dice"])
+        )
+        link = f'<a href="#{split}-{_text(case)}">{_text(case)}</a>' if case in pictures else _text(case)
+        lines.append([link, f"{100 * dice[case]:.1f}", f"{distance[case]:.1f}", _text(detail)])
+    return _table(["case", "Dice %", "HD95 mm", "by class, Dice %"], lines, escape=False)
+
+
+# --- Curves, and what was run ---------------------------------------------------------------------
+
+
+def _curves(run: Run) -> list[str]:
+    def series(column: str) -> tuple[list[int], list[float]]:
+        pairs = [(int(row["step"]), float(row[column])) for row in run.curves if row.get(column)]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+    panels = []
+    for title, columns in CURVES:
+        lines = [(column, *series(column)) for column in columns]
+        lines = [(column, x, y) for column, x, y in lines if any(y)]  # a term that is off stays 0
+        if lines:
+            panels.append((title, lines))
+    if not panels:
+        return []
+    figure, axes = plt.subplots(
+        (len(panels) + 1) // 2, 2, figsize=(9, 2.3 * ((len(panels) + 1) // 2)), layout="constrained", squeeze=False
+    )
+    for axis in axes.ravel()[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, lines) in zip(axes.ravel(), panels, strict=False):
+        for place, (column, x, y) in enumerate(lines):
+            marker = "o" if column.startswith("val_") else ""
+            axis.plot(x, y, marker=marker, ms=3, lw=1.3, color=COLOURS[(place + 2) % len(COLOURS)], label=column)
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(labelsize=8)
+        if len(lines) > 1:
+            axis.legend(fontsize=7, frameon=False)
+    return ["<h2>Curves by step</h2>", f"<figure>{_svg(figure)}</figure>"]
+
+
+def _background(run: Run) -> list[str]:
+    facts = run.run
+    patients = [[role, ", ".join(facts["roles"][role]["patients"]) or "none"] for role in ROLES]
+    about = [
+        ["data", f"{facts['dataset']}, fingerprint {facts['fingerprint'][:12]}"],
+        ["hardware", facts["hardware"]],
+        ["versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())],
+    ]
+    if facts.get("seconds"):
+        about.append(["training time", f"{facts['seconds'] / 60:.1f} min, {run.config['steps']} steps"])
+        about.append(["peak memory", f"{facts['peak_memory_gib']:.2f} GiB"])
+        about.append(["checkpoint measured", f"step {facts['checkpoint']}"])
+    fields: list[list[str]] = []
+
+    def visit(prefix: str, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                visit(f"{prefix}{name}.", value)
+            else:
+                fields.append([prefix + name, json.dumps(value)])
+
+    visit("", run.config)
+    config = _table(["field", "value"], fields, text=True)
+    return [
+        "<h2>Patients</h2>",
+        _table(["part", "patients"], patients, text=True),
+        "<h2>What was run</h2>",
+        _table(["", ""], about, text=True),
+        "<h2>Config</h2>",
+        f"<details><summary>{len(fields)} fields</summary>{config}</details>",
+        '<p class="note">Made by sscl_jax. For research; not a medical device.</p>',
+    ]
+
+
+# --- HTML -----------------------------------------------------------------------------------------
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], text: bool = False, escape: bool = True) -> str:
+    form = _text if escape else str
+    style = ' class="text"' if text else ""
+    head = "".join(f"<th{style}>{_text(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td{style}>{form(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _png(path: Path, description: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{_text(description)}" src="data:image/png;base64,{data}">'
+
+
+def _svg(figure: plt.Figure) -> str:
+    """The figure as inline SVG whose black is the page's text colour, so that it suits light and dark."""
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sscl_jax", "font.family": "sans-serif"}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
+    text = file.getvalue()
+    return text[text.index("<svg") :].replace("#000000", "currentColor")
 
 
-def _around(mask: np.ndarray, margin: int) -> tuple[slice, ...]:
-    """Bounding box of a mask, widened by `margin` pixels."""
-    spans = []
-    for axis in range(mask.ndim):
-        hit = np.flatnonzero(mask.any(tuple(a for a in range(mask.ndim) if a != axis)))
-        spans.append(slice(max(0, hit[0] - margin), hit[-1] + 1 + margin))
-    return tuple(spans)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `python -m sscl_jax.report`."""
+    parser = argparse.ArgumentParser(prog="sscl_jax.report", description="Writes report.html of a training.")
+    parser.add_argument("--workdir", required=True, type=Path, help="folder of the training")
+    parser.add_argument("--compare", nargs="+", default=[], type=Path, metavar="RUN", help="trainings to set beside it")
+    args = parser.parse_args(argv)
+    try:
+        print(write_report(args.workdir, args.compare))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

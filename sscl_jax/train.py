@@ -1,8 +1,10 @@
 """The loop: the only Python that runs once a step."""
 
 import csv
+import importlib.metadata
 import json
 import os
+import platform
 import resource
 import signal
 import sys
@@ -18,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
-from sscl_jax import evaluate, experiment, metrics, parallel, report
+from sscl_jax import evaluate, experiment, metrics, parallel, pictures, report
 from sscl_jax.checkpoint import Checkpoints
 from sscl_jax.data.prepared import PreparedDataset, open_prepared
 from sscl_jax.data.sampling import (
@@ -106,6 +108,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
         _describe(config, dataset.name, roles, start)
         _describe_classes(dataset.recipe.class_names, roles, held)
         (workdir / "config.json").write_text(json.dumps(meta["config"], indent=1), encoding="utf-8")
+        (workdir / "run.json").write_text(json.dumps(_facts(dataset, roles), indent=1), encoding="utf-8")
     log = Log(workdir, start, main)
     step_fn = experiment.make_step(config, dataset.num_classes)
     patch = tuple(config.data.patch_size)
@@ -316,6 +319,35 @@ def _describe(config: ConfigDict, name: str, roles: Roles, start: int) -> None:
         print(f"  goes on from step {start}", flush=True)
 
 
+def _facts(dataset: PreparedDataset, roles: Roles) -> dict[str, Any]:
+    """What the report tells of data and machine."""
+    parts = {"labelled": roles.labeled, "unlabelled": roles.unlabeled, "val": roles.val, "test": roles.test}
+    devices = jax.devices()
+    packages = ("sscl_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "dataset": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "roles": {
+            role: {
+                "patients": list(dict.fromkeys(case.patient_id for case in cases)),
+                "cases": len(cases),
+                "slices": sum(case.grid.shape[0] for case in cases),
+            }
+            for role, cases in parts.items()
+        },
+        "hardware": f"{len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es), "
+        f"{os.cpu_count()} cores of {platform.machine()}",
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def _describe_classes(class_names: Sequence[str], roles: Roles, held: dict[str, set[int]]) -> None:
     """Prints in how many cases each class is, and which labels are empty; a class to learn must be in one."""
     for c, name in enumerate(class_names[1:], start=1):
@@ -351,6 +383,7 @@ def _final_tables(
     largest = config.eval.largest_component
     networks = list(experiment.load_networks(workdir).values())
     summaries: dict[str, dict[str, metrics.Summary]] = {}
+    facts = _facts(dataset, roles) | {"features": {}}
     for split, cases in splits.items():
         if not cases:
             continue
@@ -360,19 +393,24 @@ def _final_tables(
             continue
         rows = [(n, r.case.case_id, r.case.patient_id, r.metrics) for n, rs in results.items() for r in rs]
         evaluate.write_case_table(workdir / f"{split}_cases.csv", rows, dataset.recipe.class_names)
-        report.write_overlays(workdir / f"{split}_overlays", results[config.eval.select], dataset)
+        pictures.write_overlays(workdir / f"{split}_overlays", results[config.eval.select], dataset)
         pool = Pool(dataset, cases, tuple(config.data.patch_size), labeled=True)
         for network in networks:
             title = evaluate.heading(network, split, cases)
             print("\n" + metrics.format_table(summaries[split][network.name], dataset.recipe.class_names[1:], title))
-            quality = evaluate.feature_quality(model, network.variables, pool, dataset.num_classes)
-            print("pixel features: compactness {:.3f} (0..1), separability {:.3f} (0..2)".format(*quality))
+            x, y = evaluate.pixel_features(model, network.variables, pool, dataset.num_classes)
+            compactness, separability = metrics.compactness_separability(x, y, dataset.num_classes)
+            print(f"pixel features: compactness {compactness:.3f} (0..1), separability {separability:.3f} (0..2)")
+            quality = {"compactness": compactness, "separability": separability}
+            facts["features"].setdefault(split, {})[network.name] = quality
+            if network.name == config.eval.select:
+                pictures.write_features(workdir / f"{split}_features.png", x, y, dataset.recipe.class_names)
     if parallel.is_main_process():
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(
-            f"\ntrained for {_duration(seconds)}, peak memory {peak:.2f} GiB; everything is in {workdir}",
-            flush=True,
-        )
+        facts |= {"seconds": seconds, "peak_memory_gib": peak, "checkpoint": networks[0].path.name}
+        (workdir / "run.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        page = report.write_report(workdir)
+        print(f"\ntrained for {_duration(seconds)}, peak memory {peak:.2f} GiB; look at {page}", flush=True)
     return summaries
 
 

@@ -263,12 +263,17 @@ def test_case_table_goes_out_and_in(tmp_path):
     half = metrics.CaseMetrics(nan, nan, nan, nan, np.array([False, True]), np.array([False, True]))
     rows = [("student", "a", "p", half), ("teacher", "a", "p", full), ("teacher", "b", "q", half)]
     evaluate.write_case_table(tmp_path / "val_cases.csv", rows, ["background", "x", "y"])
-    assert compare.read_cases(tmp_path, "val", "teacher") == {
-        ("a", "x"): {"dice": 0.5, "hd95_mm": 7.0},
-        ("a", "y"): {"dice": 0.6, "hd95_mm": 8.0},
-        ("b", "x"): pytest.approx({"dice": np.nan, "hd95_mm": np.nan}, nan_ok=True),
-        ("b", "y"): {"dice": 0.25, "hd95_mm": 0.25},
+    read = compare.read_cases(tmp_path, "val", "teacher")
+    names = (*compare.METRICS, "flagged")
+    assert {key: [row[name] for name in names] for key, row in read.items()} == {
+        ("a", "x"): [0.5, 0.3, 7.0, 1.0, 0.0],
+        ("a", "y"): [0.6, 0.4, 8.0, 2.0, 0.0],
+        ("b", "x"): pytest.approx([np.nan] * 4 + [0.0], nan_ok=True),
+        ("b", "y"): [0.25, 0.25, 0.25, 0.25, 1.0],
     }
+    assert compare.counted(read, "dice", 0) == {"a": [0.5, 0.6], "b": [0.25]}
+    assert compare.counted(read, "dice", 1) == {"x": [0.5], "y": [0.6, 0.25]}
+    assert compare.case_means(read, "hd95_mm") == {"a": 7.5, "b": 0.25}
     with open(tmp_path / "val_cases.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["patient"] for row in table] == ["p"] * 4 + ["q"] * 2
@@ -291,11 +296,11 @@ class Labels:
 
 def test_features_meet_the_labels_of_their_pixels():
     both = Labels()
-    assert evaluate.feature_quality(both, {}, both, 3, batch=2) == (pytest.approx(1), pytest.approx(1))
+    x, y = evaluate.pixel_features(both, {}, both, 3, batch=2)
+    np.testing.assert_array_equal(x, np.eye(3)[y])
+    assert metrics.compactness_separability(x, y, 3) == (pytest.approx(1), pytest.approx(1))
 
 
-def test_no_more_pixels_of_a_class_count_than_asked_for(monkeypatch):
-    seen = []
-    monkeypatch.setattr(metrics, "compactness_separability", lambda x, y, classes: seen.append(np.bincount(y)))
-    evaluate.feature_quality(Labels(), {}, Labels(), 3, per_class=5, batch=2)
-    assert seen[0][1:].tolist() == [5, 5] and seen[0][0] <= 5
+def test_no_more_pixels_of_a_class_than_asked_for():
+    counts = np.bincount(evaluate.pixel_features(Labels(), {}, Labels(), 3, per_class=5, batch=2)[1])
+    assert counts[1:].tolist() == [5, 5] and counts[0] <= 5

@@ -1,0 +1,123 @@
+"""Pictures of what a training made of its cases."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from sscl_jax.data import recipe as recipes
+from sscl_jax.data.prepared import PreparedDataset
+from sscl_jax.evaluate import CaseResult
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
+
+COLOURS = ("#e6550d", "#31a354", "#3182bd", "#756bb1", "#e7298a", "#e6ab02", "#17becf", "#8c564b")
+
+
+def write_overlays(
+    folder: Path, results: Sequence[CaseResult], dataset: PreparedDataset, slices: int = 6
+) -> list[Path]:
+    """Draws best, median and worst case by mean Dice: slices with reference and prediction as outlines.
+
+    Args:
+      folder: where the PNG files go; made if absent, earlier pictures in it are replaced.
+      results: evaluated cases.
+      dataset: gives images and labels.
+      slices: at most so many, evenly spaced over those that hold reference or prediction.
+
+    Returns:
+      The files written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    score = [np.nanmean(r.metrics.dice) if r.metrics.counted.any() else np.nan for r in results]
+    order = [i for i in np.argsort(score)[::-1] if np.isfinite(score[i])]  # NaN: nothing to find, nothing found
+    if not order:
+        return []
+    chosen = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
+    paths = []
+    for rank, index in chosen.items():
+        paths.append(folder / f"{rank}_{results[index].case.case_id}.png")
+        _draw_case(paths[-1], results[index], dataset, slices, f"{rank} of {len(order)} cases")
+    return paths
+
+
+def write_features(path: Path, features: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> None:
+    """Draws pixel features on their first two principal axes, coloured by class.
+
+    Args:
+      path: PNG file to write.
+      features: (N, D), as `evaluate.pixel_features` gives them; directions count, as in the contrast.
+      labels: (N,) classes.
+      class_names: names of all classes, the background first.
+    """
+    x = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    x = x - x.mean(axis=0)
+    _, sizes, axes = np.linalg.svd(x, full_matrices=False)
+    points = x @ axes[:2].T
+    figure, axis = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    for c, name in enumerate(class_names):
+        colour = COLOURS[(c - 1) % len(COLOURS)] if c else "#999999"
+        axis.plot(*points[labels == c].T, "o", ms=2, alpha=0.3, color=colour)
+        axis.plot([], [], "o", ms=5, color=colour, label=name)
+    share = sizes**2 / max(np.sum(sizes**2), 1e-12)
+    axis.set_xlabel(f"first axis, {100 * share[0]:.0f} % of the variance")
+    axis.set_ylabel(f"second axis, {100 * share[1]:.0f} %")
+    axis.legend(fontsize=8, frameon=False, loc="best")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_case(path: Path, result: CaseResult, dataset: PreparedDataset, slices: int, title: str) -> None:
+    case, recipe = result.case, dataset.recipe
+    image = dataset.image(case.index)[..., 0]
+    reference = dataset.label(case.index)
+    values = recipes.unmap_labels(result.prediction, recipe.label_values)
+    prediction = recipes.prepare_label(values, case.grid, recipe)
+    shown = np.flatnonzero(((reference > 0) | (prediction > 0)).any((1, 2)))
+    shown = shown[np.unique(np.round(np.linspace(0, len(shown) - 1, slices)).astype(int))]
+    box = _around(np.any((reference > 0) | (prediction > 0), axis=0), margin=12)
+
+    figure, axes = plt.subplots(1, len(shown), figsize=(2.6 * len(shown), 3.4), squeeze=False, layout="constrained")
+    low, high = np.percentile(image, (1, 99.5))
+    for axis, z in zip(axes[0], shown, strict=True):
+        axis.imshow(
+            image[z][box],
+            cmap="gray",
+            vmin=low,
+            vmax=high,
+            aspect=case.grid.spacing[1] / case.grid.spacing[2],
+        )
+        for c in range(1, dataset.num_classes):
+            colour = COLOURS[(c - 1) % len(COLOURS)]
+            for mask, style in ((reference, "solid"), (prediction, "dashed")):
+                inside = (mask[z] == c)[box]
+                if inside.any() and not inside.all():
+                    axis.contour(inside, levels=[0.5], colors=[colour], linewidths=1.4, linestyles=style)
+        axis.set_title(f"slice {z + 1}/{image.shape[0]}", fontsize=8)
+        axis.set_axis_off()
+    dice = ", ".join(
+        f"{name} {d:.3f}"
+        for name, d, n in zip(recipe.class_names[1:], result.metrics.dice, result.metrics.counted, strict=True)
+        if n
+    )
+    spacing = " x ".join(f"{s:.2f}" for s in case.grid.native_spacing)
+    figure.suptitle(f"{case.case_id}, {title}: Dice {dice}; voxels {spacing} mm", fontsize=9)
+    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=n) for i, n in enumerate(recipe.class_names[1:])]
+    handles += [Line2D([], [], color="gray", ls=s, label=n) for s, n in (("-", "reference"), ("--", "prediction"))]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _around(mask: np.ndarray, margin: int) -> tuple[slice, ...]:
+    """Bounding box of a mask, widened by `margin` pixels."""
+    spans = []
+    for axis in range(mask.ndim):
+        hit = np.flatnonzero(mask.any(tuple(a for a in range(mask.ndim) if a != axis)))
+        spans.append(slice(max(0, hit[0] - margin), hit[-1] + 1 + margin))
+    return tuple(spans)
