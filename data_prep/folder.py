@@ -271,6 +271,23 @@ def listed_splits(scans: list[Scan]) -> tuple[dict[str, list[str]], list[str]]:
     return patients, problems
 
 
+def take_splits(
+    scans: list[Scan], splits: Path | None, val_fraction: float = 0.2, test_fraction: float = 0.2, seed: int = 0
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Patients by a split file, or else drawn; problems, one line each.
+
+    Patients without masks whom the file does not list are for training, at the end of its list.
+    """
+    if splits is None:
+        return draw_splits(scans, val_fraction, test_fraction, seed)
+    patients = common.read_splits(splits)
+    listed = {patient for ids in patients.values() for patient in ids}
+    with_mask = {scan.patient for scan in scans if scan.label is not None}
+    patients["train"] += sorted({scan.patient for scan in scans} - with_mask - listed)
+    common.tell_missing(patients, {scan.patient for scan in scans}, splits)
+    return patients, []
+
+
 def draw_splits(
     scans: list[Scan], val_fraction: float, test_fraction: float, seed: int
 ) -> tuple[dict[str, list[str]], list[str]]:

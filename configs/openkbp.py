@@ -1,0 +1,36 @@
+"""Head and neck CT of OpenKBP, in 3-D: 6 labelled patients, the others of train without labels.
+
+python -m data_prep.msd --input=DIR --output=data/openkbp
+python -m sscl_jax.main --config=configs/openkbp.py --workdir=runs/openkbp
+
+DIR holds the scans as NIfTI in the layout of the Medical Segmentation Decathlon, with a `splits.json`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(method: str = "anatomical_pl") -> ConfigDict:
+    """Patches of 48 x 48 x 48 at 3 x 4.7 x 4.7 mm (144 x 225 x 225 mm, the width of a head); sized for a CPU.
+
+    No flips, since the left and the right parotid are different labels. Patches come from nearer the centre than
+    elsewhere, since half of a slice is the air around the patient.
+    """
+    config = base.get_config(method)
+    config.data.path = "data/openkbp"
+    config.data.labeled_patients = 6
+    config.data.patch_size = (48, 48, 48)
+    config.data.labeled_batch = 1
+    config.data.unlabeled_batch = 2
+    config.model.widths = (8, 16, 32, 64)
+    config.augment.flip = (False, False, False)
+    config.augment.spread = 0.8
+    config.contrast.ramp_steps = 150
+    config.consistency.ramp_steps = 150
+    config.pseudo_label.ramp_steps = 150
+    config.steps = 600
+    config.eval.every = 200
+    config.eval.final_overlap = 0.25
+    config.save_every = 50
+    return config
