@@ -82,6 +82,7 @@ def test_a_training_leaves_what_a_user_looks_at(trained):
     workdir, _ = trained
     assert (workdir / "config.json").is_file() and (workdir / "val_cases.csv").is_file()
     assert list((workdir / "val_overlays").glob("*.png"))
+    assert "Results on val" in (workdir / "report.html").read_text()
     assert list((workdir / "tensorboard").glob("events*"))
     with open(workdir / "val_cases.csv", newline="") as file:
         rows = list(csv.DictReader(file))
