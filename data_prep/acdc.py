@@ -15,6 +15,7 @@ file becomes an unlabelled case. The split is by patient; the packaged one is th
 that). Patients of `testing/` take part only where the split file lists them.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from data_prep import common
@@ -50,16 +51,11 @@ def prepare(
     patients = common.read_splits(splits)
     folders = find_patients(input_dir)
     common.tell_missing(patients, folders, splits)
-    sources, ignored, problems = [], [], []
-    for split in SPLITS:
-        for patient in patients[split]:
-            if patient in folders:
-                found, others, wrong = patient_cases(folders[patient], split)
-                sources += found
-                ignored += others
-                problems += wrong
+    split_of = {patient: split for split in SPLITS for patient in patients[split]}
+    used = [patient for patient in split_of if patient in folders]
+    sources, ignored, problems = list_cases(folders, used, split_of)
     if ignored:
-        print(f"ignored: {len(ignored)} other files, such as {ignored[0]}")
+        print(f"ignored: {len(ignored)} other files, such as {ignored[0].name}")
     recipe = Recipe(
         orientation="SPL",
         spacing=(None, spacing, spacing),
@@ -84,11 +80,24 @@ def find_patients(input_dir: Path) -> dict[str, Path]:
     return folders
 
 
-def patient_cases(folder: Path, split: str) -> tuple[list[CaseSource], list[str], list[str]]:
+def list_cases(
+    folders: dict[str, Path], patients: Iterable[str], split_of: dict[str, str]
+) -> tuple[list[CaseSource], list[Path], list[str]]:
+    """Cases of `patients`, see `patient_cases`; those that `split_of` does not name are in the split "none"."""
+    sources, ignored, problems = [], [], []
+    for patient in patients:
+        found, others, wrong = patient_cases(folders[patient], split_of.get(patient, "none"))
+        sources += found
+        ignored += others
+        problems += wrong
+    return sources, ignored, problems
+
+
+def patient_cases(folder: Path, split: str) -> tuple[list[CaseSource], list[Path], list[str]]:
     """Cases of one patient: the frames that Info.cfg names.
 
     Returns:
-      Cases; names of the NIfTI files that belong to none of them; problems, one line each.
+      Cases; the NIfTI files that belong to none of them; problems, one line each.
     """
     patient = folder.name
     try:
@@ -107,7 +116,7 @@ def patient_cases(folder: Path, split: str) -> tuple[list[CaseSource], list[str]
         else:
             cases.append(CaseSource(stem, patient, split, (image,), label))
     used = {path for case in cases for path in (*case.image_paths, case.label_path)}
-    others = [path.name for path in sorted(folder.glob("*.nii*")) if path not in used]
+    others = [path for path in sorted(folder.glob("*.nii*")) if path not in used]
     return cases, others, problems
 
 

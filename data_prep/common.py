@@ -3,14 +3,17 @@
 import argparse
 import json
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import nibabel
 import numpy as np
 from tqdm import tqdm
 
+from sscl_jax.data import nifti
 from sscl_jax.data.prepared import (
     SPLITS,
     CaseSource,
@@ -21,6 +24,8 @@ from sscl_jax.data.prepared import (
 from sscl_jax.data.recipe import Recipe
 
 AFFINE_TOLERANCE = 1e-3  # relative to the voxel size: what float32 headers lose by rounding
+MANY_LABELS = 50  # different values in one mask, beyond which it may be an image
+SHEARED = ".*the affine is sheared"  # of `nifti.read_image`; the check tells it in its own list
 ANATOMY = ("left-right", "front-back", "foot-head")
 
 
@@ -37,18 +42,23 @@ class CaseFacts:
     """What the check of one case learns.
 
     Attributes:
-      problems: findings, one line each.
+      problems: findings for which the case cannot be used, one line each.
+      warnings: findings to look at, one line each.
+      channels: of its image, 0 if that cannot be read.
       values: label values of its mask, empty when it has none.
       spacing: mm along left-right, front-back, foot-head; None if the image cannot be read.
     """
 
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    channels: int = 0
     values: frozenset[int] = frozenset()
     spacing: tuple[float, float, float] | None = None
 
 
 def run(main: Callable[[list[str] | None], None]) -> None:
     """Runs a preparer; what a user can put right is told on one line a finding, status 1."""
+    warnings.filterwarnings("ignore", SHEARED)
     try:
         main(None)
     except Problems as problems:
@@ -102,13 +112,16 @@ def read_splits(path: Path) -> dict[str, list[str]]:
     if not splits["train"]:
         raise ValueError(f'{path} has no patient under "train": list at least one')
     seen: dict[str, str] = {}
+    problems = []
     for split, ids in splits.items():
         for patient in ids:
             if patient in seen:
-                raise ValueError(
+                problems.append(
                     f"{path}: patient {patient} is listed under {seen[patient]} and {split}: list every patient once"
                 )
-            seen[patient] = split
+            seen.setdefault(patient, split)
+    if problems:
+        raise Problems(problems)
     return splits
 
 
@@ -143,12 +156,13 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
       source: the case.
       label_values: values that a mask may hold; None = any.
     """
-    problems = []
+    problems, warned = [], []
     name = source.image_paths[0]
     shape = affine = spacing = None
+    channels = 0
     try:
         array, affine = source.image()
-        shape = array.shape[:3]
+        shape, channels = array.shape[:3], array.shape[3]
         if not _spans_space(affine):
             problems.append(
                 f"{name}: its affine {np.round(affine[:3, :3], 3).tolist()} has no "
@@ -156,8 +170,12 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
             )
         else:
             spacing = _anatomical_spacing(affine)
-        if array.size and array.min() == array.max():
-            problems.append(f"{name}: every voxel is {array.flat[0]:g}: replace or remove the file")
+            warned += _image_warnings(name, array, affine)
+        for channel in range(channels):
+            part = array[..., channel]
+            if part.min() == part.max():
+                which = f" of channel {channel}" if channels > 1 else ""
+                problems.append(f"{name}: every voxel{which} is {part.flat[0]:g}: replace or remove the file")
         del array
     except (ValueError, OSError) as error:
         problems.append(_with_name(name, error))
@@ -166,6 +184,7 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
         try:
             label, label_affine, *_ = source.read_label(source.label_path)
             values = frozenset(np.unique(label).tolist())
+            warned += _label_warnings(source.label_path, values)
             problems += _label_problems(source, label.shape, label_affine, shape, affine)
             allowed = sorted(values) if label_values is None else list(label_values)
             unknown = sorted(values.difference(allowed))
@@ -176,7 +195,34 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
                 )
         except (ValueError, OSError) as error:
             problems.append(_with_name(source.label_path, error))
-    return CaseFacts(problems, values, spacing)
+    return CaseFacts(problems, warned, channels, values, spacing)
+
+
+def _image_warnings(path: Path, array: np.ndarray, affine: np.ndarray) -> list[str]:
+    """A sheared affine, and slices without content, of an image (X, Y, Z, C) that is not empty as a whole."""
+    sheared = nifti.shear_warning(path, affine)
+    across = int(np.argmax(np.linalg.norm(affine[:3, :3], axis=0)))
+    others = tuple(axis for axis in range(4) if axis != across)
+    empty = np.flatnonzero(array.min(others) == array.max(others)).tolist()
+    found = [sheared] if sheared else []
+    if 0 < len(empty) < array.shape[across]:
+        found.append(
+            f"{path}: {len(empty)} of {array.shape[across]} slices hold one value only ({_some(empty)} along axis "
+            f"{across}): harmless if they only pad the scan, else copy it again"
+        )
+    return found
+
+
+def _label_warnings(path: Path, values: Collection[int]) -> list[str]:
+    """What is odd of a mask with these values, and yet may be meant."""
+    found = []
+    if not any(values):
+        found.append(f"{path}: the mask is empty: if the scan holds a structure, draw it, or remove the mask")
+    if len(values) > MANY_LABELS:
+        found.append(f"{path}: {len(values)} different label values: make sure that it is no image")
+    if path.name.endswith((".nii", ".nii.gz")) and (kind := nibabel.load(path).get_data_dtype()).kind == "f":  # type: ignore[attr-defined]
+        found.append(f"{path}: the mask is stored as {kind}: read as whole numbers; an integer type says what it is")
+    return found
 
 
 def _label_problems(
@@ -231,6 +277,23 @@ def _anatomical_spacing(affine: np.ndarray) -> tuple[float, float, float]:
     return left_right, front_back, foot_head
 
 
+def examine(sources: Sequence[CaseSource], label_values: Sequence[int] | None) -> list[CaseFacts]:
+    """Checks all cases, in parallel, and that their images have the same number of channels."""
+    checked = map_ahead(lambda source: check_case(source, label_values), sources)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", SHEARED)
+        facts = list(tqdm(checked, "checking", len(sources), unit=" cases", disable=None))
+    usual = Counter(fact.channels for fact in facts if fact.channels).most_common(1)
+    for number, (source, fact) in enumerate(zip(sources, facts, strict=True)):
+        if fact.channels and fact.channels != (most := usual[0][0]):
+            line = (
+                f"{source.image_paths[0]}: {fact.channels} channel(s), where most images have {most}: "
+                "complete the image or remove it"
+            )
+            facts[number] = replace(fact, problems=[*fact.problems, line])
+    return facts
+
+
 def check_cases(
     sources: Sequence[CaseSource],
     label_values: Sequence[int] | None = None,
@@ -251,8 +314,9 @@ def check_cases(
     Raises:
       Problems: anything was found, and not `skip_bad`, or no case is good.
     """
-    checked = map_ahead(lambda source: check_case(source, label_values), sources)
-    facts = list(tqdm(checked, "checking", len(sources), unit=" cases", disable=None))
+    facts = examine(sources, label_values)
+    for line in (line for fact in facts for line in fact.warnings):
+        print(f"warning: {line}")
     found = [*problems, *(line for fact in facts for line in fact.problems)]
     good = [(source, fact) for source, fact in zip(sources, facts, strict=True) if not fact.problems]
     if found and not (skip_bad and good):
@@ -308,6 +372,41 @@ def make_parser(module: str, description: str | None) -> argparse.ArgumentParser
     return parser
 
 
+def class_rows(
+    held: Sequence[tuple[str, Collection[int]]], names: dict[int, str], columns: Sequence[str]
+) -> list[list[str]]:
+    """Rows of a table: how many cases hold each class, and how many masks are empty, if any are.
+
+    Args:
+      held: of each case with a mask, its split and the label values in its mask.
+      names: of the label values.
+      columns: splits, in the order of the table.
+    """
+    rows = [
+        [f"cases with {name}", *(str(sum(value in values for s, values in held if s == split)) for split in columns)]
+        for value, name in names.items()
+    ]
+    empty = [sum(not any(values) for s, values in held if s == split) for split in columns]
+    return [*rows, ["cases with an empty mask", *map(str, empty)]] if any(empty) else rows
+
+
+def absent_classes(held: Sequence[tuple[str, Collection[int]]], names: dict[int, str]) -> list[str]:
+    """A warning for each class that no mask of the train split holds; see `class_rows`."""
+    learnt = {value for split, values in held if split == "train" for value in values}
+    return [
+        f"class {name} (label value {value}) is in no train mask, so it cannot be learnt: change the splits, or leave "
+        "the class out"
+        for value, name in names.items()
+        if value and value not in learnt
+    ]
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
+    width = max(len(row[0]) for row in rows)
+    return [row[0].ljust(width) + "".join(f"{cell:>7}" for cell in row[1:]) for row in rows]
+
+
 def summary(dataset: PreparedDataset) -> str:
     """Text table of a prepared dataset. Reads the labels, not the images."""
     cases = dataset.cases
@@ -320,7 +419,7 @@ def summary(dataset: PreparedDataset) -> str:
     def spans(rows: list[tuple], form: str) -> str:
         return " x ".join(span(list(column), form) for column in zip(*rows, strict=True))
 
-    rows = [["", *SPLITS]]
+    rows: list[list[str]] = [["", *SPLITS]]
 
     def row(name: str, count: Callable[[str], int]) -> None:
         rows.append([name, *(str(count(split)) for split in SPLITS)])
@@ -331,15 +430,16 @@ def summary(dataset: PreparedDataset) -> str:
     row("  labelled", lambda s: sum(case.has_label for case in of[s]))
     row("  unlabelled", lambda s: sum(not case.has_label for case in of[s]))
     row("slices", lambda s: sum(case.grid.shape[0] for case in of[s]))
-    present = {
-        case.index: set(np.unique(dataset.native_label(case.index)).tolist()) for case in cases if case.has_label
-    }
-    for index, name in enumerate(dataset.recipe.class_names):
-        holds = {i for i, classes in present.items() if index in classes}
-        counts = [sum(case.index in holds for case in of[split]) for split in SPLITS]
-        rows.append([f"cases with {name}", *map(str, counts)])
-    width = max(len(line[0]) for line in rows)
-    table = [line[0].ljust(width) + "".join(f"{cell:>7}" for cell in line[1:]) for line in rows]
+    values = dataset.recipe.label_values
+    held = [
+        (case.split, frozenset(values[c] for c in np.unique(dataset.native_label(case.index))))
+        for case in cases
+        if case.has_label
+    ]
+    names = dict(zip(values, dataset.recipe.class_names, strict=True))
+    rows += class_rows(held, names, SPLITS)
+    table = align(rows)
+    table += [f"warning: {line}" for line in absent_classes(held, names)]
     return "\n".join(
         [
             f"{dataset.path}: {dataset.name}, fingerprint {dataset.fingerprint[:12]}",
