@@ -4,14 +4,16 @@
     python -m data_prep.folder --csv FILE --output data/mine
 
 DIR holds `images/` and `labels/` (or `imagesTr/` and `labelsTr/`). A mask has the name of its
-image, without the `_0000` that nnU-Net puts at an image's end. An image without a mask is an
-unlabelled case. FILE has the columns image and, as far as you like, label, patient and split; its
-paths are relative to its own folder, and an empty label makes an unlabelled case.
+image. Several channels of an image are files of their own, named as in nnU-Net: a_0000, a_0001,
+... with the mask a; or, with --channels, they are the fourth axis of one file. An image without a
+mask is an unlabelled case. FILE has the columns image and, as far as you like, label, patient and
+split; its paths are relative to its own folder, and an empty label makes an unlabelled case.
 
-The split is by patient. Say with --patient_pattern how a file name tells the patient, or every
-image counts as a patient of its own. Without --splits or a split column, patients with masks are
-drawn for val and test by a seeded hash of their id, so that a patient stays where it is when others
-come or go; patients without masks are for training.
+The split is by patient. Say with --patient_pattern how a file name tells the patient. Without it,
+images whose names are the same up to the first number, as p08_0 and p08_1, are kept together as one
+patient, which is told; and where no two are, every image is a patient of its own. Without --splits
+or a split column, patients with masks are drawn for val and test by a seeded hash of their id, so
+that a patient stays where it is when others come or go; patients without masks are for training.
 
 Slices are cut across the direction in which voxels are longest, if they are 1.5 times longer there
 than in both others: axial (orientation SPL, also for voxels that are nearly cubes), coronal (AIL)
@@ -21,32 +23,46 @@ spacing, and where voxels are nearly cubes, so are the slices.
 
 import argparse
 import csv
+import dataclasses
+import functools
 import hashlib
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data_prep import common
+from sscl_jax.data import nifti
 from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset, write_prepared
 from sscl_jax.data.recipe import Recipe
 
 ANISOTROPY = 1.5
+PATIENT_NAME = r"^(.*?\d+)(?![0-9A-Za-z])"
 # Slice axis, then rows and columns as a reader sees them: head or face up, right side on the left.
 ORIENTATIONS = {"foot-head": "SPL", "front-back": "AIL", "left-right": "LIP"}
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One image as listed; `patient` and `split` are empty where the list says nothing."""
+    """One image as listed.
+
+    Attributes:
+      case_id: its name.
+      image: its file, or that of the first channel.
+      label: file of the mask, None for an unlabelled case.
+      patient, split: empty where the list says nothing.
+      channels: files of the further channels.
+    """
 
     case_id: str
     image: Path
     label: Path | None
     patient: str = ""
     split: str = ""
+    channels: tuple[Path, ...] = ()
 
 
 def prepare(
@@ -66,6 +82,7 @@ def prepare(
     spacing: Sequence[float] | None = None,
     orientation: str | None = None,
     name: str | None = None,
+    channels: bool = False,
     skip_bad: bool = False,
 ) -> PreparedDataset:
     """Checks all files, writes the prepared dataset, prints what it did.
@@ -86,6 +103,7 @@ def prepare(
       spacing: mm, of rows and columns, or of slices, rows and columns; None = the median.
       orientation: axis codes of slices, rows and columns; None = by the voxels' shape.
       name: of the dataset; None = that of the input.
+      channels: the fourth axis of an image holds its channels.
       skip_bad: go on without the cases that have a fault.
 
     Raises:
@@ -96,12 +114,17 @@ def prepare(
         raise ValueError("give either --input DIR or --csv FILE")
     check_options(spacing, val_fraction, test_fraction)
     scans, problems = (list_folder if input_dir else list_csv)(Path(listing))
+    if splits is not None and any(scan.split for scan in scans):
+        raise ValueError(f"{listing} has a split column: give that or --splits, not both")
+    if input_dir and (others := other_files(input_dir)):
+        print(f"ignored: {len(others)} other files, such as {others[0].name}")
+    listed = {} if splits is None else common.read_splits(splits)
+    if patient_pattern is None and not {p for ids in listed.values() for p in ids} & {scan.case_id for scan in scans}:
+        scans = join_patients(scans)
     scans, more = name_patients(scans, patient_pattern)
     problems += more
     if splits is not None:
-        if any(scan.split for scan in scans):
-            raise ValueError(f"{listing} has a split column: give that or --splits, not both")
-        patients = common.read_splits(splits)
+        patients = listed
         common.tell_missing(patients, {scan.patient for scan in scans}, splits)
     elif any(scan.split for scan in scans):
         patients, more = listed_splits(scans)
@@ -109,9 +132,12 @@ def prepare(
     else:
         patients, more = draw_splits(scans, val_fraction, test_fraction, seed)
         problems += more
+    read_image = functools.partial(nifti.read_image, channels=channels)
     split_of = {patient: split for split in SPLITS for patient in patients[split]}
     sources = [
-        CaseSource(scan.case_id, scan.patient, split_of[scan.patient], (scan.image,), scan.label)
+        CaseSource(
+            scan.case_id, scan.patient, split_of[scan.patient], (scan.image, *scan.channels), scan.label, read_image
+        )
         for scan in scans
         if scan.patient in split_of
     ]
@@ -160,29 +186,48 @@ def list_folder(folder: Path) -> tuple[list[Scan], list[str]]:
             f"{folder} has no folder images/: put images there and masks into labels/, or use --csv"
         )
     masks = {common.stem(path): path for path in common.nifti_files(labels)}
-    stems = {common.stem(path) for path in common.nifti_files(images)}
     scans: list[Scan] = []
     problems = []
-    seen: dict[str, Path] = {}
-    for path in common.nifti_files(images):
-        stem = common.stem(path)
-        channel = re.fullmatch(r"(.*)_(\d{4})", stem)
-        if channel and channel[2] != "0000" and f"{channel[1]}_0000" in stems:
-            problems.append(f"{path}: is a further channel of {channel[1]}, and images have one: remove it")
-            continue
-        mask = masks.pop(stem, None)
-        if stem.endswith("_0000"):
-            stem = stem.removesuffix("_0000")
-            mask = mask or masks.pop(stem, None)
-        if stem in seen:
-            problems.append(f"{path}: is the same case as {seen[stem]}: remove one of them")
-            continue
-        seen[stem] = path
-        scans.append(Scan(stem, path, mask))
+    for case_id, paths in group_channels(common.nifti_files(images), masks).items():
+        stems = [common.stem(path) for path in paths]
+        channels = stems[0] != case_id
+        if len(set(stems)) < len(stems) or (not channels and len(stems) > 1):
+            problems.append(f"{paths[1]}: is the same case as {paths[0]}: remove one of them")
+        elif channels and stems != (expected := [f"{case_id}_{number:04d}" for number in range(len(stems))]):
+            problems.append(f"{paths[0]}: the channels of this case are {stems}, not {expected}: add what is missing")
+        scans.append(Scan(case_id, paths[0], masks.pop(case_id, None), channels=tuple(paths[1:]) if channels else ()))
     problems += [
         f"{path}: has no image of that name in {images}: add the image or remove the mask" for path in masks.values()
     ]
     return scans, problems
+
+
+def other_files(folder: Path) -> list[Path]:
+    """Files in the folders of images and masks that are not NIfTI, or hidden: they are passed over."""
+    folders = [folder / f"{kind}{tail}" for kind in ("images", "labels") for tail in ("", "Tr")]
+    files = [path for each in folders if each.is_dir() for path in sorted(each.iterdir())]
+    used = {path for each in folders for path in common.nifti_files(each)}
+    return [path for path in files if path not in used]
+
+
+def group_channels(images: Sequence[Path], masks: Collection[str]) -> dict[str, list[Path]]:
+    """Files of each case, by its name.
+
+    nnU-Net's a_0000, a_0001, ... are the channels of case a. But such numbers can be plain names: without an a_0000, or
+    with masks that carry them, each file is a case.
+    """
+    numbered: dict[str, set[str]] = {}
+    for stem in map(common.stem, images):
+        if match := re.fullmatch(r"(.+)_\d{4}", stem):
+            numbered.setdefault(match[1], set()).add(stem)
+    groups: dict[str, list[Path]] = {}
+    for path in images:
+        stem = common.stem(path)
+        case = re.sub(r"_\d{4}$", "", stem)
+        family = numbered.get(case, set())
+        is_channel = stem in family and f"{case}_0000" in family and family.isdisjoint(masks)
+        groups.setdefault(case if is_channel else stem, []).append(path)
+    return groups
 
 
 def list_csv(file: Path) -> tuple[list[Scan], list[str]]:
@@ -228,6 +273,27 @@ def list_csv(file: Path) -> tuple[list[Scan], list[str]]:
 # --- Patients and splits --------------------------------------------------------------------------
 
 
+def join_patients(scans: list[Scan]) -> list[Scan]:
+    """Makes scans one patient whose names agree up to the first number, as p08_0 and p08_1, and says so.
+
+    Frames of one patient on both sides of a split would flatter every figure, so names that look alike are kept
+    together. Names that say nothing, img1, img2, ... or one patient's alone, stay as they are.
+    """
+    matches = {scan.case_id: re.match(PATIENT_NAME, scan.case_id) for scan in scans if not scan.patient}
+    joined = {case: match[1] if match else case for case, match in matches.items()}
+    number = len(set(joined.values()))
+    if not 1 < number < len(joined):
+        return scans
+    one = Counter(joined.values()).most_common(1)[0][0]
+    example = [case for case, patient in joined.items() if patient == one]
+    print(
+        f"warning: by their names, the {len(joined)} images are of {number} patients: {', '.join(example[:3])} are "
+        f"kept together as {one}. Say who is whose with --patient_pattern ('{PATIENT_NAME}' does what is done now, "
+        "'(.*)' makes every image a patient of its own), or in a column patient"
+    )
+    return [dataclasses.replace(scan, patient=joined.get(scan.case_id, scan.patient)) for scan in scans]
+
+
 def name_patients(scans: list[Scan], pattern: str | None) -> tuple[list[Scan], list[str]]:
     """Fills in the patient where the list names none; problems, one line each."""
     if pattern is not None:
@@ -243,7 +309,7 @@ def name_patients(scans: list[Scan], pattern: str | None) -> tuple[list[Scan], l
     for scan in scans:
         patient = scan.patient
         if not patient and pattern is not None:
-            stem = common.stem(scan.image).removesuffix("_0000")
+            stem = scan.case_id if scan.channels else common.stem(scan.image).removesuffix("_0000")
             match = re.search(pattern, stem)
             patient = (match and match[1]) or ""
             if not patient:
@@ -253,7 +319,7 @@ def name_patients(scans: list[Scan], pattern: str | None) -> tuple[list[Scan], l
                 )
                 continue
         patient = patient or scan.case_id
-        named.append(Scan(scan.case_id, scan.image, scan.label, patient, scan.split))
+        named.append(dataclasses.replace(scan, patient=patient))
     return named, problems
 
 
@@ -436,6 +502,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add("--orientation", metavar="SPL", help="axis codes of slices, rows, columns")
     add("--name", help="of the dataset (default: that of the input)")
+    add("--channels", action="store_true", help="the fourth axis of an image holds its channels")
     add("--skip-bad", action="store_true", help="go on without the cases that have a fault")
     args = vars(parser.parse_args(argv))
     args["window"] = tuple(args["window"])
