@@ -1,4 +1,4 @@
-"""Hippocampus MRI of the Medical Segmentation Decathlon, in 3-D: 4 labelled volumes, the others of train without labels.
+"""Hippocampus MRI of the Medical Segmentation Decathlon, in 3-D: 4 labelled volumes, 38 without labels.
 
 python -m data_prep.msd --input=Task04_Hippocampus --output=data/hippocampus
 python -m sscl_jax.main --config=configs/msd_hippocampus.py --workdir=runs/hippocampus

@@ -24,7 +24,7 @@ the patient's id. Orientation and spacing are chosen as in data_prep.folder.
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def prepare(
     if splits is None and (input_dir / "splits.json").is_file():
         splits = input_dir / "splits.json"
     patients, more = folder.take_splits(scans, splits, val_fraction, test_fraction, seed)
-    problems += more
+    problems += more if scans else []
     split_of = {patient: split for split in SPLITS for patient in patients[split]}
     sources = []
     for scan in scans:
@@ -194,7 +194,7 @@ def read_modality(content: dict[str, Any], path: Path, wanted: str | None) -> tu
         remedy = 'write {"0": "CT"} or {"0": "T1", "1": "T2"}'
         return ("unknown",), wanted or "mr", [f'{path}: "modality" (or "channel_names") is {entry!r}: {remedy}']
     # "CT", "ct" and "CT_arterial" are CT, "contrast" is not.
-    kinds = {"ct" if "ct" in re.findall("[a-z]+", name.lower()) else "mr" for name in names}
+    kinds = {"ct" if re.search(r"(?<![a-z0-9])ct(?![a-z])", name.lower()) else "mr" for name in names}
     if wanted is None and len(kinds) > 1:
         return tuple(names), "mr", [
             f"{path}: the channels are {', '.join(names)}, and one rule scales them all: give --modality mr, by which "
@@ -216,7 +216,7 @@ def list_training(base: Path, content: dict[str, Any]) -> tuple[list[Scan], list
     else:
         masks = {common.stem(path): path for path in common.nifti_files(base / "labelsTr")}
         images = _first_channels(common.nifti_files(base / "imagesTr"), masks)
-        scans = [Scan(name, path, masks.get(name)) for name, path in images.items()]
+        scans = [Scan(name, path, masks.get(name)) for name, path in images]
         problems = [] if scans else [f"{base / 'imagesTr'}: holds no .nii or .nii.gz file: put the images there"]
     remedy = f"add it to {base / 'labelsTr'}, or move the image to {base / 'imagesTs'} if it has none"
     return scans, problems + [f"{scan.image}: has no mask: {remedy}" for scan in scans if scan.label is None]
@@ -240,8 +240,8 @@ def _listed_training(base: Path, entries: Any) -> tuple[list[Scan], list[str]]:
 def list_test(base: Path, content: dict[str, Any]) -> tuple[list[Scan], list[str]]:
     """Images of `test`, or of the folder imagesTs if nothing is listed; problems, one line each."""
     if "test" not in content:
-        images = _first_channels(common.nifti_files(base / "imagesTs"), {})
-        return [Scan(name, path, None) for name, path in images.items()], []
+        images = _first_channels(common.nifti_files(base / "imagesTs"), ())
+        return [Scan(name, path, None) for name, path in images], []
     entries = content["test"]
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
         return [], [f'{base / "dataset.json"}: "test" is not a list of paths: correct it, or give --no_test_images']
@@ -255,7 +255,7 @@ def list_test(base: Path, content: dict[str, Any]) -> tuple[list[Scan], list[str
 def _listed(image: Path, label: Path | None) -> Scan:
     """A case as listed. Lists of nnU-Net name a case's images without the channel that their files have."""
     name = common.stem(image)
-    first = image.with_name(image.name.replace(name, f"{name}_0000", 1))
+    first = _renamed(image, f"{name}_0000")
     if not image.is_file() and first.is_file():
         image = first
     elif label is None or common.stem(label) != name:
@@ -263,22 +263,20 @@ def _listed(image: Path, label: Path | None) -> Scan:
     return Scan(name, image, label)
 
 
-def _first_channels(images: Sequence[Path], masks: dict[str, Path]) -> dict[str, Path]:
-    """First (or only) file of each case, by case name.
+def _first_channels(images: Sequence[Path], masks: Collection[str]) -> list[tuple[str, Path]]:
+    """Case name and first (or only) file of each image of a folder.
 
     A name that ends in _0001 is a further channel if there is its _0000, unless a mask has all of that name.
     """
     names = {common.stem(path) for path in images}
-    cases = {}
+    cases = []
     for path in images:
         name = common.stem(path)
         channel = re.fullmatch(r"(.*)_(\d{4})", name)
-        if channel is None or name in masks:
-            cases[name] = path
+        if channel is None or name in masks or f"{channel[1]}_0000" not in names:
+            cases.append((name, path))
         elif channel[2] == "0000":
-            cases[channel[1]] = path
-        elif f"{channel[1]}_0000" not in names:
-            cases[name] = path
+            cases.append((channel[1], path))
     return cases
 
 
@@ -287,7 +285,13 @@ def channel_files(image: Path, channels: int) -> tuple[Path, ...]:
     name = common.stem(image)
     if channels == 1 or not name.endswith("_0000"):
         return (image,)
-    return tuple(image.with_name(image.name.replace("_0000", f"_{number:04d}")) for number in range(channels))
+    case = name.removesuffix("_0000")
+    return tuple(_renamed(image, f"{case}_{number:04d}") for number in range(channels))
+
+
+def _renamed(path: Path, name: str) -> Path:
+    """The file of another name in the same folder, with the same ending."""
+    return path.with_name(name + path.name.removeprefix(common.stem(path)))
 
 
 def read_image(path: Path, count: int, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -337,7 +341,7 @@ def check_unlisted(base: Path, scans: Sequence[Scan], channels: int) -> list[str
     for path in orphans:
         remark = "" if _shape(path) in shapes else f" (and no image has its shape, {_shape(path)})"
         problems.append(f"{path}: has no image of that name in {base / 'imagesTr'}{remark}: add it or remove the mask")
-    tell_some("ignored", "files that dataset.json does not list", set(images + masks) - used - {*alone, *orphans})
+    tell_ignored("other files that dataset.json does not list", set(images + masks) - used - {*alone, *orphans})
     return problems
 
 
@@ -353,28 +357,18 @@ def _shape(path: Path) -> tuple[int, ...] | None:
 
 
 def tell_oddities(base: Path, scans: Sequence[Scan], content: dict[str, Any]) -> None:
-    """Prints what is unusual and does no harm: hidden files, masks of floating point, another number of cases."""
+    """Prints what is unusual and does no harm: hidden files, another number of cases than dataset.json says."""
     folders = [base / name for name in ("imagesTr", "labelsTr", "imagesTs") if (base / name).is_dir()]
-    tell_some("ignored", "hidden files", {path for each in folders for path in each.iterdir() if path.name[0] == "."})
-    floats = {scan.label for scan in scans if scan.label and _is_float(scan.label)}
-    tell_some("note", "masks are stored as floating point and read as whole numbers", floats)
+    tell_ignored("hidden files", {path for each in folders for path in each.iterdir() if path.name[0] == "."})
     count, number = sum(scan.label is not None for scan in scans), content.get("numTraining")
     if isinstance(number, int) and number != count:
         print(f"note: dataset.json says numTraining {number}, and there are {count} training cases")
 
 
-def _is_float(path: Path) -> bool:
-    try:
-        return nibabel.load(path).get_data_dtype().kind == "f"  # type: ignore[attr-defined]
-    except Exception:  # as above
-        return False
-
-
-def tell_some(kind: str, what: str, paths: set[Path]) -> None:
-    """Prints a number of files with the names of the first ones."""
+def tell_ignored(what: str, paths: set[Path]) -> None:
+    """Prints how many files are passed over, and the first of them."""
     if paths:
-        names = [str(path) for path in sorted(paths)]
-        print(f"{kind}: {len(names)} {what} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})")
+        print(f"ignored: {len(paths)} {what}, such as {min(paths)}")
 
 
 # --- Command line ---------------------------------------------------------------------------------
