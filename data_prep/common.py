@@ -26,6 +26,7 @@ from sscl_jax.data.recipe import Recipe
 AFFINE_TOLERANCE = 1e-3  # relative to the voxel size: what float32 headers lose by rounding
 MANY_LABELS = 50  # different values in one mask, beyond which it may be an image
 SHEARED = ".*the affine is sheared"  # of `nifti.read_image`; the check tells it in its own list
+ANISOTROPY = 1.5  # voxels that are longer by this factor along one axis than along both others make thick slices
 ANATOMY = ("left-right", "front-back", "foot-head")
 
 
@@ -201,15 +202,21 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
 def _image_warnings(path: Path, array: np.ndarray, affine: np.ndarray) -> list[str]:
     """A sheared affine, and slices without content, of an image (X, Y, Z, C) that is not empty as a whole."""
     sheared = nifti.shear_warning(path, affine)
-    across = int(np.argmax(np.linalg.norm(affine[:3, :3], axis=0)))
-    others = tuple(axis for axis in range(4) if axis != across)
-    empty = np.flatnonzero(array.min(others) == array.max(others)).tolist()
     found = [sheared] if sheared else []
-    if 0 < len(empty) < array.shape[across]:
-        found.append(
-            f"{path}: {len(empty)} of {array.shape[across]} slices hold one value only ({_some(empty)} along axis "
-            f"{across}): harmless if they only pad the scan, else copy it again"
-        )
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    across = int(np.argmax(sizes))
+    others = tuple(axis for axis in range(4) if axis != across)
+    filled = np.flatnonzero(array.min(others) < array.max(others))
+    if filled.size:
+        # Where slices are not thick, those at the ends are often padding, which is no finding.
+        thick = sizes[across] > ANISOTROPY * np.sort(sizes)[1]
+        first, last = (0, array.shape[across] - 1) if thick else (filled[0], filled[-1])
+        empty = sorted(set(range(first, last + 1)).difference(filled.tolist()))
+        if empty:
+            found.append(
+                f"{path}: {len(empty)} of {array.shape[across]} slices hold one value only ({_some(empty)} along axis "
+                f"{across}): copy the file again, or cut them off if they pad it"
+            )
     return found
 
 

@@ -32,6 +32,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel
 import numpy as np
 
 from data_prep import common
@@ -39,7 +40,6 @@ from sscl_jax.data import nifti
 from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset, write_prepared
 from sscl_jax.data.recipe import Recipe
 
-ANISOTROPY = 1.5
 PATIENT_NAME = r"^(.*?\d+)(?![0-9A-Za-z])"
 # Slice axis, then rows and columns as a reader sees them: head or face up, right side on the left.
 ORIENTATIONS = {"foot-head": "SPL", "front-back": "AIL", "left-right": "LIP"}
@@ -120,18 +120,19 @@ def prepare(
         print(f"ignored: {len(others)} other files, such as {others[0].name}")
     listed = {} if splits is None else common.read_splits(splits)
     if patient_pattern is None and not {p for ids in listed.values() for p in ids} & {scan.case_id for scan in scans}:
-        scans = join_patients(scans)
+        scans, told = join_patients(scans)
+        for line in told:
+            print(f"warning: {line}")
     scans, more = name_patients(scans, patient_pattern)
     problems += more
+    wrong: list[str] = []  # with the splits, whatever cases are left out
     if splits is not None:
         patients = listed
         common.tell_missing(patients, {scan.patient for scan in scans}, splits)
     elif any(scan.split for scan in scans):
-        patients, more = listed_splits(scans)
-        problems += more
+        patients, wrong = listed_splits(scans)
     else:
-        patients, more = draw_splits(scans, val_fraction, test_fraction, seed)
-        problems += more
+        patients, wrong = draw_splits(scans, val_fraction, test_fraction, seed)
     read_image = functools.partial(nifti.read_image, channels=channels)
     split_of = {patient: split for split in SPLITS for patient in patients[split]}
     sources = [
@@ -141,7 +142,7 @@ def prepare(
         for scan in scans
         if scan.patient in split_of
     ]
-    sources, facts, skipped = common.check_cases(sources, label_values, problems, skip_bad)
+    sources, facts, skipped = common.check_cases(sources, label_values, problems + wrong, skip_bad and not wrong)
     if label_values is None:
         label_values = sorted({0}.union(*(fact.values for fact in facts)))
         if len(label_values) < 2:
@@ -197,9 +198,18 @@ def list_folder(folder: Path) -> tuple[list[Scan], list[str]]:
             problems.append(f"{paths[0]}: the channels of this case are {stems}, not {expected}: add what is missing")
         scans.append(Scan(case_id, paths[0], masks.pop(case_id, None), channels=tuple(paths[1:]) if channels else ()))
     problems += [
-        f"{path}: has no image of that name in {images}: add the image or remove the mask" for path in masks.values()
+        f"{path}: has no image of that name in {images}: add the image or remove the mask{_told_shape(path)}"
+        for path in masks.values()
     ]
     return scans, problems
+
+
+def _told_shape(path: Path) -> str:
+    """Shape of a NIfTI file in brackets, "" if it cannot be read."""
+    try:
+        return f" (its shape is {tuple(nibabel.load(path).shape)})"  # type: ignore[attr-defined]
+    except Exception:  # a damaged header can make nibabel raise almost anything
+        return ""
 
 
 def other_files(folder: Path) -> list[Path]:
@@ -273,8 +283,8 @@ def list_csv(file: Path) -> tuple[list[Scan], list[str]]:
 # --- Patients and splits --------------------------------------------------------------------------
 
 
-def join_patients(scans: list[Scan]) -> list[Scan]:
-    """Makes scans one patient whose names agree up to the first number, as p08_0 and p08_1, and says so.
+def join_patients(scans: list[Scan]) -> tuple[list[Scan], list[str]]:
+    """Makes scans one patient whose names agree up to the first number, as p08_0 and p08_1; a warning that says so.
 
     Frames of one patient on both sides of a split would flatter every figure, so names that look alike are kept
     together. Names that say nothing, img1, img2, ... or one patient's alone, stay as they are.
@@ -283,15 +293,15 @@ def join_patients(scans: list[Scan]) -> list[Scan]:
     joined = {case: match[1] if match else case for case, match in matches.items()}
     number = len(set(joined.values()))
     if not 1 < number < len(joined):
-        return scans
+        return scans, []
     one = Counter(joined.values()).most_common(1)[0][0]
     example = [case for case, patient in joined.items() if patient == one]
-    print(
-        f"warning: by their names, the {len(joined)} images are of {number} patients: {', '.join(example[:3])} are "
+    told = (
+        f"by their names, the {len(joined)} images are of {number} patients: {', '.join(example[:3])} are "
         f"kept together as {one}. Say who is whose with --patient_pattern ('{PATIENT_NAME}' does what is done now, "
         "'(.*)' makes every image a patient of its own), or in a column patient"
     )
-    return [dataclasses.replace(scan, patient=joined.get(scan.case_id, scan.patient)) for scan in scans]
+    return [dataclasses.replace(scan, patient=joined.get(scan.case_id, scan.patient)) for scan in scans], [told]
 
 
 def name_patients(scans: list[Scan], pattern: str | None) -> tuple[list[Scan], list[str]]:
@@ -451,7 +461,7 @@ def choose_grid(
 def _through_plane(spacing: Sequence[float]) -> int | None:
     """Index of the axis with clearly longer voxels than both others, None if there is none."""
     order = np.argsort(spacing)
-    return int(order[2]) if spacing[order[2]] > ANISOTROPY * spacing[order[1]] else None
+    return int(order[2]) if spacing[order[2]] > common.ANISOTROPY * spacing[order[1]] else None
 
 
 def _either_way(code: str) -> str:

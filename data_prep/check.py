@@ -1,0 +1,237 @@
+"""Reads all of a data set and lists all that is wrong with it, before anything is made of it.
+
+    python -m data_prep.check DIR
+
+DIR is a prepared dataset, ACDC's archive, a folder with dataset.json as in the Medical Segmentation Decathlon, a folder
+with images/ and labels/ (or imagesTr/ and labelsTr/), any folder of NIfTI files (a mask is called as its image, with
+_gt, _seg, _mask or _label behind it), or a CSV list as data_prep.folder takes it.
+
+An error makes a case useless, a warning is to be looked at. `prepare` of every layout makes the same checks. Below them
+stands how many cases hold each class, by split where DIR says which those are. Exit status 1 if there is an error.
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from data_prep import acdc, common, folder, msd
+from data_prep.common import CaseFacts
+from data_prep.folder import Scan
+from sscl_jax.data import nifti
+from sscl_jax.data.prepared import SPLITS, Case, CaseSource, PreparedDataset, map_ahead, open_prepared
+
+MASK_ENDINGS = ("_gt", "_seg", "_mask", "_label")
+
+
+class Findings(NamedTuple):
+    """What was found in a folder.
+
+    Attributes:
+      kind: what the folder is.
+      cases: of each case, its split ("all" where there are none, "none" where the splits leave it out), its patient,
+        the name of its image, and whether it has a mask.
+      facts: of each case.
+      names: of the label values; None: as they are found.
+      problems, warnings: about the folder as a whole, or files that belong to no case, one line each.
+    """
+
+    kind: str
+    cases: list[tuple[str, str, str, bool]]
+    facts: list[CaseFacts]
+    names: dict[int, str] | None
+    problems: list[str]
+    warnings: list[str]
+
+
+def check(path: Path) -> Findings:
+    """Recognises what `path` is and reads all of it.
+
+    Raises:
+      FileNotFoundError, ValueError: it is nothing that can be checked, or a prepared dataset that cannot be opened.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give the folder of a data set")
+    if (path / "metadata.json").is_file() or (path / "cache" / "index.json").is_file():
+        return check_prepared(path)
+    if any(path.glob("training/patient*")) or any(path.glob("database/training/patient*")):
+        return check_acdc(path)
+    if (path / "dataset.json").is_file():
+        return check_msd(path)
+    if path.is_file() and path.suffix == ".csv":
+        return check_scans("CSV list", *folder.list_csv(path), [])
+    if (path / "images").is_dir() or (path / "imagesTr").is_dir():
+        others = [f"{other}: is no NIfTI file: it is ignored" for other in folder.other_files(path)]
+        return check_scans("folder of images and masks", *folder.list_folder(path), others)
+    if scans := list_nifti(path):
+        return check_scans("folder of NIfTI files", scans, [], [])
+    raise FileNotFoundError(
+        f"{path}: nothing there that is known ({_few([p.name for p in sorted(path.glob('*'))]) or 'empty'}): give the "
+        "folder of a data set; for other layouts run their prepare, which makes the same checks"
+    )
+
+
+def check_prepared(path: Path) -> Findings:
+    """Reads the cases of a prepared dataset."""
+    dataset = open_prepared(path)
+    checked = map_ahead(functools.partial(_prepared_facts, dataset), dataset.cases)
+    facts = list(tqdm(checked, "checking", len(dataset.cases), unit=" cases", disable=None))
+    cases = [(case.split, case.patient_id, case.source, case.has_label) for case in dataset.cases]
+    names = dict(zip(dataset.recipe.label_values, dataset.recipe.class_names, strict=True))
+    skipped = [f"left out when it was prepared: {line}" for line in dataset.skipped]
+    return Findings("prepared dataset", cases, facts, names, [], skipped)
+
+
+def _prepared_facts(dataset: PreparedDataset, case: Case) -> CaseFacts:
+    """Reads one case of a prepared dataset."""
+    problems, values = [], frozenset[int]()
+    where = f"{dataset.path}, case {case.case_id}"
+    if not np.isfinite(dataset.image(case.index)).all():
+        problems.append(f"{where}: its image has voxels that are not finite: prepare again")
+    if case.has_label:
+        native, label = dataset.native_label(case.index), dataset.label(case.index)
+        if max(native.max(), label.max()) >= dataset.num_classes:
+            problems.append(f"{where}: its label has a class beyond {dataset.num_classes - 1}: prepare again")
+        else:
+            values = frozenset(dataset.recipe.label_values[c] for c in np.unique(native))
+    return CaseFacts(problems, [], dataset.channels, values, case.grid.native_spacing)
+
+
+def check_acdc(path: Path) -> Findings:
+    """Reads ACDC's archive; patients whom the splits leave out are read as well."""
+    own = path / "splits.json"
+    patients = common.read_splits(own if own.is_file() else acdc.PACKAGED_SPLITS)
+    split_of = {patient: split for split in SPLITS for patient in patients[split]}
+    folders = acdc.find_patients(path)
+    sources, ignored, problems = acdc.list_cases(folders, folders, split_of)
+    names = dict(zip(acdc.LABEL_VALUES, acdc.CLASSES, strict=True))
+    others = [f"{path}: {len(ignored)} files are not frames that Info.cfg names, and are ignored: {_few(ignored)}"]
+    return check_sources("ACDC", sources, names, problems, others if ignored else [])
+
+
+def check_msd(path: Path) -> Findings:
+    """Reads a task of the Medical Segmentation Decathlon, test images included."""
+    content, problems = msd.read_description(path / "dataset.json")
+    names, more = msd.read_labels(content, path / "dataset.json")
+    channels, _, wrong = msd.read_modality(content, path / "dataset.json", None)
+    training, unpaired = msd.list_training(path, content)
+    test, missing = msd.list_test(path, content)
+    problems += more + wrong + unpaired + missing + msd.check_unlisted(path, training + test, len(channels))
+    msd.tell_oddities(path, training, content)
+    scans, more = msd.whole_cases([*(scan for scan in training if scan.label), *test], len(channels))
+    problems += more
+    splits = common.read_splits(path / "splits.json") if (path / "splits.json").is_file() else None
+    split_of = {patient: split for split, ids in (splits or {}).items() for patient in ids}
+    sources = []
+    for scan in scans:
+        files = msd.channel_files(scan.image, len(channels))
+        read = functools.partial(msd.read_image, count=len(channels) // len(files), names=channels)
+        split = split_of.get(scan.case_id, "none") if splits else "all"
+        sources.append(CaseSource(scan.case_id, scan.case_id, split, files, scan.label, read))
+    return check_sources("Medical Segmentation Decathlon", sources, names or None, problems, [])
+
+
+def check_scans(kind: str, scans: Sequence[Scan], problems: Sequence[str], others: Sequence[str]) -> Findings:
+    """Reads listed scans."""
+    joined, told = folder.join_patients(list(scans))
+    named, more = folder.name_patients(joined, None)
+    read = functools.partial(nifti.read_image, channels=False)
+    sources = [
+        CaseSource(scan.case_id, scan.patient, scan.split or "all", (scan.image, *scan.channels), scan.label, read)
+        for scan in named
+    ]
+    if any(scan.split for scan in named):
+        more += folder.listed_splits(named)[1]
+    return check_sources(kind, sources, None, [*problems, *more], [*others, *told])
+
+
+def check_sources(
+    kind: str,
+    sources: Sequence[CaseSource],
+    names: dict[int, str] | None,
+    problems: Sequence[str],
+    others: Sequence[str],
+) -> Findings:
+    """Reads the files of all cases, as `prepare` does before it writes anything."""
+    facts = common.examine(sources, None if names is None else sorted(names))
+    cases = [(s.split, s.patient_id, s.image_paths[0].name, s.label_path is not None) for s in sources]
+    return Findings(kind, cases, facts, names, list(problems), list(others))
+
+
+def list_nifti(path: Path) -> list[Scan]:
+    """Images at any depth of a folder, or the one file, with the masks beside them."""
+    found = [path] if path.is_file() else sorted(path.rglob("*"))
+    files = [p for p in found if p.name.endswith((".nii", ".nii.gz")) and p.name[0] != "." and p.is_file()]
+    place = {p: str(p.parent / common.stem(p)).removesuffix("_image") for p in files}
+    masks = {}
+    for p, name in place.items():
+        image = next((name.removesuffix(ending) for ending in MASK_ENDINGS if name.endswith(ending)), None)
+        if image in place.values():
+            masks[image] = p
+    base = path if path.is_dir() else path.parent
+    return [
+        Scan("_".join(Path(name).relative_to(base).parts), p, masks.get(name))
+        for p, name in place.items()
+        if p not in masks.values()
+    ]
+
+
+def report(path: Path, findings: Findings) -> tuple[str, int]:
+    """The text to print, and how many errors it lists."""
+    cases, facts = findings.cases, findings.facts
+    problems = [*findings.problems, *(line for fact in facts for line in fact.problems)]
+    warned = [*findings.warnings, *(line for fact in facts for line in fact.warnings)]
+    unlabelled = [image for _, _, image, has_mask in cases if not has_mask]
+    if unlabelled:
+        what = f"{len(unlabelled)} of {len(cases)} images have no mask and count as unlabelled"
+        warned.append(f"{path}: {what}: {_few(unlabelled)}")
+
+    names = findings.names or {
+        value: f"label {value}" if value else "background" for value in sorted({0}.union(*(f.values for f in facts)))
+    }
+    columns = [split for split in (*SPLITS, "all", "none") if any(case[0] == split for case in cases)]
+    held = [
+        (case[0], fact.values & names.keys())
+        for case, fact in zip(cases, facts, strict=True)
+        if case[3] and fact.values
+    ]
+    if "train" in columns:
+        warned += common.absent_classes(held, names)
+    rows = [
+        ["", *columns],
+        ["patients", *(str(len({p for s, p, *_ in cases if s == split})) for split in columns)],
+        ["cases", *(str(sum(case[0] == split for case in cases)) for split in columns)],
+        ["  with a mask", *(str(sum(case[0] == split and case[3] for case in cases)) for split in columns)],
+        *common.class_rows(held, names, columns),
+    ]
+    lines = [f"{path}: {findings.kind}, {len(cases)} cases"]
+    lines += [f"error: {line}" for line in problems] + [f"warning: {line}" for line in warned]
+    lines += common.align(rows) + [f"{len(problems)} error(s), {len(warned)} warning(s)"]
+    return "\n".join(lines), len(problems)
+
+
+def _few(names: Sequence[str | Path]) -> str:
+    return ", ".join(map(str, names[:8])) + (", ..." if len(names) > 8 else "")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("path", type=Path, metavar="DIR", help="see above")
+    path = parser.parse_args(argv).path
+    text, errors = report(path, check(path))
+    print(text)
+    sys.exit(1 if errors else 0)
+
+
+if __name__ == "__main__":
+    common.run(main)
