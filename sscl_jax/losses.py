@@ -19,13 +19,14 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def dice_sums(probs: jax.Array, labels: jax.Array, weight: jax.Array) -> jax.Array:
-    """The two sums of the soft Dice of each class, (2, classes): overlap and total.
+    """The two sums of the soft Dice of each class, (2, classes) float32: overlap and total.
 
     Args:
       probs: (..., classes) in [0, 1].
       labels: (...) int in [0, classes).
       weight: (...) in [0, 1]; pixels of weight 0 take no part.
     """
+    probs = probs.astype(jnp.float32)
     reference = jax.nn.one_hot(labels, probs.shape[-1], dtype=probs.dtype)
     axes = tuple(range(probs.ndim - 1))
     w = weight[..., None].astype(probs.dtype)
@@ -49,4 +50,4 @@ def squared_difference(probs: jax.Array, target: jax.Array) -> jax.Array:
 
     The consistency of the mean teacher (Tarvainen & Valpola, 2017).
     """
-    return jnp.mean(jnp.square(probs - target), axis=-1)
+    return jnp.mean(jnp.square(probs.astype(jnp.float32) - target.astype(jnp.float32)), axis=-1)
