@@ -2,6 +2,8 @@
 
 python -m data_prep.la2018 --input=DIR --output=data/la
 python -m sscl_jax.main --config=configs/la.py --workdir=runs/la
+
+For a GPU; no figures yet. On a CPU, prepare with --spacing=1.25 and add --config.data.patch_size='(48, 64, 64)'.
 """
 
 from ml_collections import ConfigDict
@@ -21,5 +23,8 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.data.patch_size = (80, 112, 112)
     config.data.labeled_batch = 2
     config.data.unlabeled_batch = 2
+    config.augment.flip = (False, False, False)
+    config.steps = 6000
+    config.eval.every = 1000
     config.eval.largest_component = True
     return config
