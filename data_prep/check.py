@@ -158,6 +158,8 @@ def check_sources(
     others: Sequence[str],
 ) -> Findings:
     """Reads the files of all cases, as `prepare` does before it writes anything."""
+    if not sources:
+        problems = [*problems, "no case was found: give the folder of a data set"]
     facts = common.examine(sources, None if names is None else sorted(names))
     cases = [(s.split, s.patient_id, s.image_paths[0].name, s.label_path is not None) for s in sources]
     return Findings(kind, cases, facts, names, list(problems), list(others))
@@ -166,7 +168,7 @@ def check_sources(
 def list_nifti(path: Path) -> list[Scan]:
     """Images at any depth of a folder, or the one file, with the masks beside them."""
     found = [path] if path.is_file() else sorted(path.rglob("*"))
-    files = [p for p in found if p.name.endswith((".nii", ".nii.gz")) and p.name[0] != "." and p.is_file()]
+    files = [p for p in found if p.name.lower().endswith(common.NIFTI) and p.name[0] != "." and p.is_file()]
     place = {p: str(p.parent / common.stem(p)).removesuffix("_image") for p in files}
     masks = {}
     for p, name in place.items():

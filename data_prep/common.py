@@ -1,6 +1,7 @@
 """What the preparers share: splits, the check of all files, the summary, errors on one line."""
 
 import argparse
+import hashlib
 import json
 import sys
 import warnings
@@ -23,6 +24,7 @@ from sscl_jax.data.prepared import (
 )
 from sscl_jax.data.recipe import Recipe
 
+NIFTI = (".nii.gz", ".nii")
 AFFINE_TOLERANCE = 1e-3  # relative to the voxel size: what float32 headers lose by rounding
 MANY_LABELS = 50  # different values in one mask, beyond which it may be an image
 SHEARED = ".*the affine is sheared"  # of `nifti.read_image`; the check tells it in its own list
@@ -48,6 +50,7 @@ class CaseFacts:
       channels: of its image, 0 if that cannot be read.
       values: label values of its mask, empty when it has none.
       spacing: mm along left-right, front-back, foot-head; None if the image cannot be read.
+      digest: of the image's voxels, "" if it cannot be read.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -55,6 +58,7 @@ class CaseFacts:
     channels: int = 0
     values: frozenset[int] = frozenset()
     spacing: tuple[float, float, float] | None = None
+    digest: str = ""
 
 
 def run(main: Callable[[list[str] | None], None]) -> None:
@@ -77,12 +81,13 @@ def run(main: Callable[[list[str] | None], None]) -> None:
 def nifti_files(folder: Path) -> list[Path]:
     """NIfTI files of a folder, sorted; hidden ones, such as macOS leaves, are passed over."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [p for p in paths if p.name.endswith((".nii", ".nii.gz")) and p.name[0] != "."]
+    return [p for p in paths if p.name.lower().endswith(NIFTI) and p.name[0] != "."]
 
 
 def stem(path: Path) -> str:
     """Name of a NIfTI file without its ending."""
-    return path.name.removesuffix(".gz").removesuffix(".nii")
+    ending = next((e for e in NIFTI if path.name.lower().endswith(e)), "")
+    return path.name[: len(path.name) - len(ending)]
 
 
 def read_splits(path: Path) -> dict[str, list[str]]:
@@ -160,7 +165,7 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
     problems, warned = [], []
     name = source.image_paths[0]
     shape = affine = spacing = None
-    channels = 0
+    channels, digest = 0, ""
     try:
         array, affine = source.image()
         shape, channels = array.shape[:3], array.shape[3]
@@ -177,6 +182,7 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
             if part.min() == part.max():
                 which = f" of channel {channel}" if channels > 1 else ""
                 problems.append(f"{name}: every voxel{which} is {part.flat[0]:g}: replace or remove the file")
+        digest = hashlib.sha256(np.ascontiguousarray(array.T).data).hexdigest()
         del array
     except (ValueError, OSError) as error:
         problems.append(_with_name(name, error))
@@ -196,7 +202,7 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
                 )
         except (ValueError, OSError) as error:
             problems.append(_with_name(source.label_path, error))
-    return CaseFacts(problems, warned, channels, values, spacing)
+    return CaseFacts(problems, warned, channels, values, spacing, digest)
 
 
 def _image_warnings(path: Path, array: np.ndarray, affine: np.ndarray) -> list[str]:
@@ -285,7 +291,7 @@ def _anatomical_spacing(affine: np.ndarray) -> tuple[float, float, float]:
 
 
 def examine(sources: Sequence[CaseSource], label_values: Sequence[int] | None) -> list[CaseFacts]:
-    """Checks all cases, in parallel, and that their images have the same number of channels."""
+    """Checks all cases, in parallel; that all images have as many channels, and that none comes twice."""
     checked = map_ahead(lambda source: check_case(source, label_values), sources)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", SHEARED)
@@ -298,6 +304,13 @@ def examine(sources: Sequence[CaseSource], label_values: Sequence[int] | None) -
                 "complete the image or remove it"
             )
             facts[number] = replace(fact, problems=[*fact.problems, line])
+    first: dict[str, CaseSource] = {}
+    for source, fact in zip(sources, facts, strict=True):
+        if fact.digest and (other := first.setdefault(fact.digest, source)) is not source:
+            fact.warnings.append(
+                f"{source.image_paths[0]} ({source.split}): has the voxels of {other.image_paths[0]} ({other.split}): "
+                "one scan under two names flatters what is measured, remove one"
+            )
     return facts
 
 

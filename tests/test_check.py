@@ -174,6 +174,8 @@ def test_a_folder_that_is_nothing(tmp_path):
         check.check(tmp_path)
     with pytest.raises(FileNotFoundError, match="gone does not exist"):
         check.check(tmp_path / "gone")
+    (tmp_path / "images").mkdir()
+    assert check.check(tmp_path).problems == ["no case was found: give the folder of a data set"]
 
 
 def test_command_line(tmp_path):
@@ -232,6 +234,21 @@ def test_what_is_odd_is_a_warning_and_no_fault(tmp_path):
     many = np.arange(360).reshape(12, 10, 3) % 60
     (line,) = facts_of(tmp_path, image(), many.astype("u1")).warnings
     assert "60 different label values: make sure that it is no image" in line
+
+
+def test_one_scan_under_two_names_is_told(tmp_path, capsys):
+    base = write_pairs(tmp_path, ["a", "b", "c"])
+    write(base / "images" / "c.nii.gz", image(0))  # that of a, stored anew
+    lines, status = checked(base, capsys)
+    (line,) = [line for line in lines if line.startswith("warning")]
+    assert status == 0 and "c.nii.gz (all): has the voxels of" in line and "a.nii.gz (all)" in line
+
+
+def test_endings_in_capitals(tmp_path, capsys):
+    base = write_pairs(tmp_path, ["a", "b"])
+    (base / "images" / "a.nii.gz").rename(base / "images" / "a.NII.GZ")
+    lines, status = checked(base, capsys)
+    assert status == 0 and row(lines, "  with a mask") == ["2"] and lines[-1] == "0 error(s), 0 warning(s)"
 
 
 def test_padding_at_the_ends_of_thin_slices_is_no_finding(tmp_path):
