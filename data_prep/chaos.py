@@ -133,7 +133,7 @@ def case_of(patient: str, split: str, folder: Path, modality: str) -> CaseSource
         split,
         tuple(folder / image for image in images),
         label if label.is_dir() else None,
-        # The archives number every file as a series of its own.
+        # A folder is a series by its place; the anonymised headers may number every file as its own.
         partial(formats.read_dicom, one_series=False),
         partial(read_ground, dicom=folder / images[0], modality=modality),
     )

@@ -185,7 +185,7 @@ MR_GREY = {0: (0,), 63: (55, 63, 70), 126: (110, 126), 189: (175, 189, 200), 252
 
 
 def chaos_series(folder, array, reverse=False, name="IMG-0004-{:05d}.dcm", spacing=(1.5, 1.5), **options):
-    """Slices of `array` (X, Y, Z), axial; every file is a series of its own, as in the archive."""
+    """Slices of `array` (X, Y, Z), axial; every file is numbered as a series of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     count = array.shape[2]
     for k in range(count):
