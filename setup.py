@@ -43,8 +43,10 @@ setup(
         "test": [
             "hypothesis>=6.170.17",
             "h5py>=3.16.0",
+            "ipykernel>=7.4.0",
             "MedPy>=0.5.2",
             "mypy>=2.4.1",
+            "nbclient>=0.11.0",
             "pytest>=9.2.0",
             "ruff>=0.17.6",
             "SimpleITK>=2.5.7",

@@ -1,0 +1,36 @@
+"""The notebooks run from top to bottom, in a short setting, and are stored without output."""
+
+import json
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+COLAB = Path(__file__).parents[1] / "colab"
+NOTEBOOKS = sorted(COLAB.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_without_output(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        assert cell.cell_type != "code" or (not cell.outputs and cell.execution_count is None)
+    assert "tensorflow" not in path.read_text().lower()
+
+
+def test_all_four_are_there():
+    assert [path.stem for path in NOTEBOOKS] == ["method", "own_data", "quickstart", "tpu"]
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+    for name, value in {"STEPS": 4, "PATIENTS": 8, "PATCH": 32, "WORK": tmp_path / "work"}.items():
+        monkeypatch.setenv(f"SSCL_{name}", str(value))
+    monkeypatch.setenv("PYTHONPATH", str(COLAB.parent))
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = "".join(json.dumps(output) for cell in notebook.cells for output in cell.get("outputs", ()))
+    assert "report.html" in printed
