@@ -51,6 +51,7 @@ COLUMNS = (
     "val_dice", "val_hd95_mm",
 )  # fmt: skip
 
+IN_FLIGHT = 2  # steps handed to the device and not yet done
 UNPREDICTED = 3  # evaluations without a class in any prediction, after which that is told
 
 
@@ -127,6 +128,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
         for step, batch in batches.run(start, config.steps):
             state, step_metrics = step_fn(state, batch)
             unread.append((step, step_metrics))
+            # One step runs and one waits: that keeps a device busy, and with more in line a signal would wait for all.
+            if len(unread) >= IN_FLIGHT:
+                jax.block_until_ready(unread[-IN_FLIGHT])
             done = step + 1
             final = done == config.steps
             at_log = final or done % config.log_every == 0

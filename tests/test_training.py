@@ -137,6 +137,32 @@ def test_sigterm_saves_and_the_same_command_goes_on(trained, tiny_config, no_tab
     assert_same_training(tmp_path, trained[0], config)
 
 
+class Later(np.ndarray):
+    """A result of the device that takes note when it is waited for."""
+
+    waited: list[int] = []
+
+    def block_until_ready(self):
+        self.waited.append(int(self))
+        return self
+
+
+def test_few_steps_are_in_line_when_a_signal_comes(tiny_config, no_tables, tmp_path, monkeypatch):
+    config = tiny_config(steps=8, **{"log_every": 100, "eval.every": 100})
+    Later.waited.clear()
+    begun = []
+
+    def step(state, batch):
+        begun.append(int(state.step))
+        assert set(begun[: -train.IN_FLIGHT]) <= set(Later.waited)
+        one, later = np.ones(()), np.array(begun[-1]).view(Later)
+        return state.replace(step=state.step + 1), {"loss": (one, one), "grad_norm": (one, later)}
+
+    monkeypatch.setattr(experiment, "make_step", lambda *_: step)
+    train.train(config, tmp_path)
+    assert begun == list(range(8))
+
+
 def test_crashes_between_two_saves_change_no_bit(trained, tiny_config, no_tables, tmp_path, monkeypatch):
     config = tiny_config()
     # Before any save; after rows that no save holds; between an evaluation and the next save.
