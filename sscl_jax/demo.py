@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "data_prep.acdc",
             f"--input={workdir}/scans",
             f"--output={workdir}/prepared",
-            "--spacing=2.5",
+            "--spacing=3",
         ],
     ]
     methods = ("supervised", "anatomical_pl")
