@@ -3,8 +3,8 @@
 python -m data_prep.chaos --input=DIR --modality=t2 --output=data/chaos_t2
 python -m sscl_jax.main --config=configs/chaos.py --workdir=runs/chaos_t2
 
-For CT or T1, prepare with --modality=ct or t1 and add --config.data.path=data/chaos_ct or data/chaos_t1. No figures: we do
-not have the scans.
+For CT or T1, prepare with --modality=ct or t1 and add --config.data.path=data/chaos_ct or data/chaos_t1. No figures:
+we do not have the scans.
 """
 
 from ml_collections import ConfigDict
