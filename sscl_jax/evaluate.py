@@ -6,6 +6,7 @@ python -m sscl_jax.evaluate --predictions=DIR --references=DIR
 
 import argparse
 import csv
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -173,6 +174,11 @@ def evaluate_cases(
     return results
 
 
+@functools.partial(jax.jit, static_argnums=0)  # compiled once for student and teacher, val and test
+def _features(model: Any, variables: Any, images: jax.Array) -> jax.Array:
+    return model.apply(variables, images)[1]
+
+
 def pixel_features(
     model: UNet, variables: Any, pool: Pool, num_classes: int, per_class: int = 2000, batch: int = 8
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -191,14 +197,13 @@ def pixel_features(
     """
     step = 2**model.feature_level
     centre = (slice(None), *(slice(step // 2, None, step),) * len(pool.canvas))
-    forward = jax.jit(lambda v, x: model.apply(v, x)[1])
     features, labels = [], []
     for first in range(0, len(pool.samples), batch):
         # A full batch always, as in the sliding window: the last one takes some samples twice.
         part = pool.batch(np.arange(first, first + batch) % len(pool.samples))
         label = part["label"][centre].ravel()
         inside = np.flatnonzero(np.random.RandomState(first).rand(label.size) < np.where(label > 0, 1.0, 0.02))
-        features.append(np.asarray(forward(variables, part["image"])).reshape(label.size, -1)[inside])
+        features.append(np.asarray(_features(model, variables, part["image"])).reshape(label.size, -1)[inside])
         labels.append(label[inside])
     x, y = np.concatenate(features), np.concatenate(labels)
     order = np.random.RandomState(0).permutation(len(y))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -138,6 +139,12 @@ def make_state(config: ConfigDict, num_classes: int, channels: int) -> TrainStat
     """The state before the first step."""
     model = make_model(config, num_classes)
     return create_train_state(model, make_optimizer(config), config.seed, tuple(config.data.patch_size), channels)
+
+
+def empty_state(config: ConfigDict, num_classes: int, channels: int) -> TrainState:
+    """Zeros in the shapes of `make_state`: what a checkpoint is restored into, without compiling an initialisation."""
+    shapes = jax.eval_shape(lambda: make_state(config, num_classes, channels))
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def make_weights(config: ConfigDict) -> dict[str, Callable[[jax.Array], jax.Array] | None]:
@@ -274,7 +281,7 @@ def load_networks(workdir: Path, kind: str = "best") -> dict[str, Network]:
         config = ConfigDict(meta["config"])
         recipe = Recipe.from_dict(meta["recipe"])
         num_classes = len(recipe.label_values)
-        restored = checkpoints.restore(make_state(config, num_classes, meta["channels"]))
+        restored = checkpoints.restore(empty_state(config, num_classes, meta["channels"]))
         assert restored is not None
         state, meta = restored
         model, path = make_model(config, num_classes), checkpoints.folder / str(int(state.step))

@@ -89,12 +89,13 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
 
     # The state: restored, or new.
     last, best = Checkpoints(workdir, "last"), Checkpoints(workdir, "best")
-    state = experiment.make_state(config, dataset.num_classes, dataset.channels)
     memory: dict[str, Any] = {"pending": {}, "best": None, "seconds": 0.0, "unpredicted": {}}
-    if restored := last.restore(state):
+    if restored := last.restore(experiment.empty_state(config, dataset.num_classes, dataset.channels)):
         state, meta = restored
         experiment.check_same_training(config, meta, dataset.fingerprint, workdir)
         memory |= {name: meta[name] for name in memory if name in meta}
+    else:
+        state = experiment.make_state(config, dataset.num_classes, dataset.channels)
     start = int(state.step)
     state = parallel.replicate(state)
     meta = {
