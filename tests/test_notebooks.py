@@ -27,7 +27,7 @@ def test_all_four_are_there():
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
-    for name, value in {"STEPS": 4, "PATIENTS": 8, "PATCH": 32, "WORK": tmp_path / "work"}.items():
+    for name, value in {"STEPS": 4, "PATIENTS": 7, "PATCH": 64, "WORK": tmp_path / "work"}.items():
         monkeypatch.setenv(f"SSCL_{name}", str(value))
     monkeypatch.setenv("PYTHONPATH", str(COLAB.parent))
     notebook = nbformat.read(path, as_version=4)
