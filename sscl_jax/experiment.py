@@ -135,15 +135,19 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     )
 
 
+def _state_maker(config: ConfigDict, num_classes: int, channels: int) -> Callable[[], TrainState]:
+    model, optimizer = make_model(config, num_classes), make_optimizer(config)
+    return functools.partial(create_train_state, model, optimizer, config.seed, tuple(config.data.patch_size), channels)
+
+
 def make_state(config: ConfigDict, num_classes: int, channels: int) -> TrainState:
     """The state before the first step."""
-    model = make_model(config, num_classes)
-    return create_train_state(model, make_optimizer(config), config.seed, tuple(config.data.patch_size), channels)
+    return _state_maker(config, num_classes, channels)()
 
 
 def empty_state(config: ConfigDict, num_classes: int, channels: int) -> TrainState:
     """Zeros in the shapes of `make_state`: what a checkpoint is restored into, without compiling an initialisation."""
-    shapes = jax.eval_shape(lambda: make_state(config, num_classes, channels))
+    shapes = jax.eval_shape(_state_maker(config, num_classes, channels))
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
 
