@@ -136,7 +136,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
             final = done == config.steps
             at_log = final or done % config.log_every == 0
             at_eval = bool(roles.val) and (final or done % config.eval.every == 0)
-            at_save = final or at_eval or done % config.save_every == 0 or bool(caught)
+            # Looked at once: a signal that comes later in this turn is answered in the next, with a save of its own.
+            stopping = caught[0] if caught else None
+            at_save = final or at_eval or done % config.save_every == 0 or stopping is not None
             if not (at_log or at_save):
                 continue
 
@@ -148,7 +150,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
             memory["seconds"] += now - mark
             speed, mark, mark_step = (done - mark_step) * images / max(now - mark, 1e-9), now, done
             row: dict[str, Any] = {}
-            if at_eval and not caught:
+            if at_eval and stopping is None:
                 host = parallel.to_host(state)
                 variables = experiment.network_variables(host, config.eval.select)
                 results = evaluate.evaluate_cases(predict, variables, dataset, roles.val, largest)
@@ -173,11 +175,13 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
                 pending = {}
             if at_save:
                 last.save(parallel.to_host(state), meta | memory | {"pending": pending})
-            if caught:
+            if stopping is not None:
                 log.close()
                 if main:
-                    print(f"stopped by {caught[0].name} at step {done}; saved. Run the same command to go on.")
-                sys.exit(128 + caught[0])
+                    print(f"stopped by {stopping.name} at step {done}; saved. Run the same command to go on.")
+                sys.exit(128 + stopping)
+        if caught:  # during the last step, which is saved
+            sys.exit(128 + caught[0])
     log.close()
     return _final_tables(config, workdir, dataset, roles, memory["seconds"])
 

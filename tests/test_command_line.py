@@ -56,7 +56,9 @@ def test_stop_on_two_devices_go_on_with_one_then_predict_and_evaluate(phantom_da
     out, err = finish(process, 128 + signal.SIGTERM)
     assert "2 device(s)" in out and "saved. Run the same command to go on." in out
     assert "Traceback" not in err
-    stopped = Checkpoints(workdir, "last").steps()[-1]
+    found = Checkpoints(workdir, "last").steps()
+    assert found, (out, err, sorted(workdir.rglob("*")))
+    stopped = found[-1]
     assert 5 <= stopped < 40
 
     out, err = finish(train(phantom_data, workdir))

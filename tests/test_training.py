@@ -163,6 +163,20 @@ def test_few_steps_are_in_line_when_a_signal_comes(tiny_config, no_tables, tmp_p
     assert begun == list(range(8))
 
 
+def test_a_signal_between_two_saves_is_answered_with_a_save(tiny_config, no_tables, tmp_path, monkeypatch):
+    config = tiny_config(steps=20, **{"eval.every": 20})
+    write = train.Log.write
+
+    def and_signal(self, row, *others):  # at step 10, where nothing is saved
+        write(self, row, *others)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.Log, "write", and_signal)
+    with pytest.raises(SystemExit):
+        train.train(config, tmp_path)
+    assert Checkpoints(tmp_path, "last").steps() == [11]
+
+
 def test_crashes_between_two_saves_change_no_bit(trained, tiny_config, no_tables, tmp_path, monkeypatch):
     config = tiny_config()
     # Before any save; after rows that no save holds; between an evaluation and the next save.
