@@ -200,16 +200,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--modality", choices=tuple(FOLDERS), required=True, help="CT, T1 in and out of phase, or T2")
     add("--seed", type=int, default=SEED, help=f"of the draw of patients (default {SEED})")
     add("--spacing", type=float, default=1.5, metavar="MM", help="of rows and columns (default 1.5)")
-    add(
-        "--window",
-        type=float,
-        nargs=2,
-        default=(-160.0, 240.0),
-        metavar=("LOW", "HIGH"),
-        help="range of HU to keep, for ct (default -160 240)",
-    )
+    common.add_window(parser, (-160.0, 240.0), ", for ct")
     args = vars(parser.parse_args(argv))
-    args["window"] = tuple(args["window"])
     prepare(**args)
 
 

@@ -427,6 +427,13 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
     return [row[0].ljust(width) + "".join(f"{cell:>7}" for cell in row[1:]) for row in rows]
 
 
+def add_window(parser: argparse.ArgumentParser, window: tuple[float, float], note: str = "") -> None:
+    """Adds --window LOW HIGH with its default, HU; `note` says when it counts."""
+    low, high = window
+    text = f"range of HU to keep{note} (default {low:g} {high:g})"
+    parser.add_argument("--window", type=float, nargs=2, default=window, metavar=("LOW", "HIGH"), help=text)
+
+
 def summary(dataset: PreparedDataset) -> str:
     """Text table of a prepared dataset. Reads the labels, not the images."""
     cases = dataset.cases

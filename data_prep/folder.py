@@ -495,14 +495,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add("--class_names", type=_names, metavar="A,B,C", help="one for each label value")
     add("--modality", choices=("mr", "ct"), default="mr", help="how intensities are scaled")
-    add(
-        "--window",
-        type=float,
-        nargs=2,
-        default=(-160.0, 240.0),
-        metavar=("LOW", "HIGH"),
-        help="range of HU to keep, for ct (default -160 240)",
-    )
+    common.add_window(parser, (-160.0, 240.0), ", for ct")
     add(
         "--spacing",
         type=float,
@@ -515,7 +508,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--channels", action="store_true", help="the fourth axis of an image holds its channels")
     add("--skip-bad", action="store_true", help="go on without the cases that have a fault")
     args = vars(parser.parse_args(argv))
-    args["window"] = tuple(args["window"])
     prepare(args.pop("output"), **args)
 
 

@@ -145,12 +145,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--val_fraction", type=float, default=0.2, help="of the patients with labels (default 0.2)")
     add("--test_fraction", type=float, default=0.2, help="of the patients with labels (default 0.2)")
     add("--seed", type=int, default=0, help="of the draw of patients (default 0)")
-    add("--window", type=float, nargs=2, default=WINDOW, metavar=("LOW", "HIGH"),
-        help="range of HU to keep, for ct (default -200 800)")  # fmt: skip
+    common.add_window(parser, WINDOW, ", for ct")
     add("--spacing", type=float, default=1.5, metavar="MM", help="of all three axes (default 1.5)")
     add("--no_test_images", action="store_true", help="leave out the images that have no labels")
     args = vars(parser.parse_args(argv))
-    args["window"] = tuple(args["window"])
     prepare(**args)
 
 

@@ -383,14 +383,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--test_fraction", type=float, default=0.2, help="of the patients with masks (default 0.2)")
     add("--seed", type=int, default=0, help="of the draw of patients (default 0)")
     add("--modality", choices=("mr", "ct"), help="how intensities are scaled (default: by dataset.json)")
-    add("--window", type=float, nargs=2, default=(-160.0, 240.0), metavar=("LOW", "HIGH"),
-        help="range of HU to keep, for ct (default -160 240)")  # fmt: skip
+    common.add_window(parser, (-160.0, 240.0), ", for ct")
     add("--spacing", type=float, nargs="+", metavar="MM",
         help="of rows and columns, or of slices, rows and columns (default: the median)")  # fmt: skip
     add("--orientation", metavar="SPL", help="axis codes of slices, rows, columns")
     add("--no_test_images", action="store_true", help="leave out the images of `test`, which have no labels")
     args = vars(parser.parse_args(argv))
-    args["window"] = tuple(args["window"])
     prepare(args.pop("input_dir"), args.pop("output"), **args)
 
 

@@ -135,12 +135,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = common.make_parser("synapse", __doc__)
     add = parser.add_argument
     add("--eight", action="store_true", help="the eight organs of TransUNet instead of all 13")
-    add("--window", type=float, nargs=2, default=WINDOW, metavar=("LOW", "HIGH"),
-        help="range of HU to keep (default -125 275)")  # fmt: skip
+    common.add_window(parser, WINDOW)
     add("--spacing", type=float, default=1.5, metavar="MM", help="of rows and columns (default 1.5)")
     add("--no_test_images", action="store_true", help="leave out the images that have no labels")
     args = vars(parser.parse_args(argv))
-    args["window"] = tuple(args["window"])
     prepare(**args)
 
 
