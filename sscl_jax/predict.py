@@ -11,6 +11,7 @@ could not be segmented.
 """
 
 import argparse
+import functools
 import os
 import re
 import sys
@@ -116,14 +117,8 @@ def read_scan(paths: Sequence[Path], channels: int) -> tuple[np.ndarray, np.ndar
         raise ValueError(
             f"{paths[0]}: its channels are {', '.join(numbers)}, but the network was trained on {', '.join(expected)}."
         )
-    image, affine, header = formats.read_image(paths[0], channels=True)
-    parts = [image]
-    for path in paths[1:]:
-        part, other, _ = formats.read_image(path, channels=True)
-        if part.shape[:3] != image.shape[:3] or not np.allclose(other, affine, rtol=1e-3, atol=1e-3):
-            raise ValueError(f"{path}: is not on the grid of {paths[0]}; resample it.")
-        parts.append(part)
-    image = np.concatenate(parts, axis=-1) if len(parts) > 1 else image
+    read = functools.partial(formats.read_image, channels=True)
+    image, affine, header = nifti.read_channels(paths, read)
     if channels > 1 and image.shape[-1] != channels:
         raise ValueError(f"{paths[0]}: {image.shape[-1]} channels, but the network was trained on {channels}.")
     return image, affine, header

@@ -8,6 +8,7 @@ import gzip
 import math
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -68,6 +69,24 @@ def read_label(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """
     image, array = _load(path, None)
     return check_label(path, array), _affine(image.header)
+
+
+def read_channels(paths: Sequence[Path], read: Callable[[Path], tuple]) -> tuple:
+    """What `read` gives of the first file, with the channels of all of them: (X, Y, Z, C), affine, and so on.
+
+    Raises:
+      ValueError: a file cannot be used, or is not on the grid of the first.
+    """
+    (array, affine, *rest), *others = [read(path) for path in paths]
+    parts = [array]
+    for path, (other, other_affine, *_) in zip(paths[1:], others, strict=True):
+        if other.shape[:3] != array.shape[:3] or not np.allclose(other_affine, affine, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                f"{path}: is not on the grid of {paths[0]}, as the channels of one image must be "
+                f"(shapes {other.shape[:3]} and {array.shape[:3]}): resample it"
+            )
+        parts.append(other)
+    return np.concatenate(parts, axis=-1) if others else array, affine, *rest
 
 
 def check_image(path: str | Path, array: np.ndarray, channels: bool = False) -> np.ndarray:

@@ -78,16 +78,8 @@ class CaseSource:
         Raises:
           ValueError: a file cannot be used, or the files of the channels are not on one grid.
         """
-        (array, affine, *_), *others = [self.read_image(path) for path in self.image_paths]
-        parts = [array]
-        for path, (other, other_affine, *_) in zip(self.image_paths[1:], others, strict=True):
-            if other.shape[:3] != array.shape[:3] or not np.allclose(other_affine, affine, rtol=1e-3, atol=1e-3):
-                raise ValueError(
-                    f"{path}: is not on the grid of {self.image_paths[0]}, as the channels of one image must be "
-                    f"(shapes {other.shape[:3]} and {array.shape[:3]}): resample it"
-                )
-            parts.append(other)
-        return np.concatenate(parts, axis=-1) if others else array, affine
+        array, affine, *_ = nifti.read_channels(self.image_paths, self.read_image)
+        return array, affine
 
 
 @dataclass(frozen=True)
