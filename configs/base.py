@@ -56,7 +56,7 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 2e-3  # peak, AdamW
     config.optimizer.warmup_steps = 100  # linear from 0; then cosine to 0
-    config.optimizer.weight_decay = 1e-4
+    config.optimizer.weight_decay = 1e-4  # of AdamW
     config.optimizer.clip_norm = 1.0  # greatest global norm of the gradient
 
     config.teacher = ConfigDict()
@@ -68,7 +68,7 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.contrast.ramp_steps = 500  # sigmoid ramp-up
     config.contrast.sampler = "anatomical"  # anatomical | region
     config.contrast.level = 1  # U-Net level contrasted: 0 full resolution ... last: encoder output
-    config.contrast.temperature = 0.1
+    config.contrast.temperature = 0.1  # of InfoNCE; lower: more weight on the hardest negatives
     config.contrast.queries = 32  # student's pixels for each image and class (or cell)
     config.contrast.keys = 32  # teacher's pixels for each image and class (or cell)
     config.contrast.threshold = 0.9  # least confidence of a pixel's class (anatomical)
@@ -78,26 +78,26 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
 
     config.consistency = ConfigDict()
     config.consistency.weight = 0.0  # final weight of the term; 0 = off
-    config.consistency.ramp_steps = 500
+    config.consistency.ramp_steps = 500  # sigmoid ramp-up
 
     config.pseudo_label = ConfigDict()
     config.pseudo_label.weight = 0.0  # final weight of the term; 0 = off
-    config.pseudo_label.ramp_steps = 500
+    config.pseudo_label.ramp_steps = 500  # sigmoid ramp-up
     config.pseudo_label.threshold = 0.9  # least confidence of a pseudo-label
 
     config.augment = ConfigDict()
     config.augment.rotate = 20.0  # degrees, either way
     config.augment.scale = (0.8, 1.25)  # zoom
-    config.augment.shear = 0.1
+    config.augment.shear = 0.1  # tangent of the angle, either way
     config.augment.elastic = 3.0  # pixels, standard deviation
     config.augment.flip = (False, False)  # axes along which anatomy may be mirrored
     config.augment.spread = 1.0  # 0: patches from the centre; 1: from the whole image
     config.augment.weak_contrast = 0.1  # weak view (teacher): factor within 1 / (1 + c) ... 1 + c
     config.augment.weak_brightness = 0.1  # standard deviations of the image
     config.augment.weak_gamma = 0.1  # exponent within 1 / (1 + g) ... 1 + g
-    config.augment.contrast = 0.5  # strong view (student), as above
-    config.augment.brightness = 0.3
-    config.augment.gamma = 0.5
+    config.augment.contrast = 0.5  # strong view (student), as weak_contrast
+    config.augment.brightness = 0.3  # as weak_brightness
+    config.augment.gamma = 0.5  # as weak_gamma
     config.augment.bias = 0.3  # standard deviation of the log of a smooth field
     config.augment.noise = 0.2  # greatest standard deviation, of the image's own
     config.augment.blur = 1.5  # greatest sigma, pixels

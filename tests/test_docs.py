@@ -1,0 +1,38 @@
+"""The documentation is what the code is: the table of fields, links, commands and pictures."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from configs import base, describe
+from sscl_jax import experiment
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def test_the_table_of_fields_is_that_of_the_config():
+    page = (ROOT / "docs/config.md").read_text(encoding="utf-8")
+    assert page == describe.page(), "run: python -m configs.describe > docs/config.md"
+    assert {name for name, *_ in describe.fields()} == set(experiment.flat_config(base.get_config()))
+    assert all(said for *_, said in describe.fields()), "every field has a comment"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
+        assert re.match(r"https?://", target) or (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_commands_name_modules_configs_and_methods_that_exist(path):
+    text = path.read_text(encoding="utf-8")
+    for module in re.findall(r"python -m ((?:sscl_jax|data_prep|configs)(?:\.\w+)*)", text):
+        place = ROOT / module.replace(".", "/")
+        assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), module
+    for config, method in re.findall(r"(configs/\w+\.py)(?::(\w+))?", text):
+        assert (ROOT / config).is_file(), config
+        assert method in ("", "METHOD", *base.METHODS), method
+    for field in re.findall(r"--config\.([a-z_.]+)=", text):
+        assert field in experiment.flat_config(base.get_config()), field
