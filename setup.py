@@ -19,6 +19,7 @@ setup(
     install_requires=[
         "absl-py>=2.5.1",
         "array_record>=0.8.6",
+        "flatbuffers>=25.12.19",
         "flax>=0.12.8",
         "jax>=0.10.2",
         "matplotlib>=3.11.2",
@@ -40,6 +41,8 @@ setup(
         "h5": ["h5py>=3.16.0"],
         "dicom": ["SimpleITK>=2.5.7"],
         "nrrd": ["SimpleITK>=2.5.7"],
+        # Export to ONNX, and a runtime to try it.
+        "onnx": ["jax2onnx>=0.13.0", "onnxruntime>=1.32.0"],
         "test": [
             "hypothesis>=6.170.17",
             "h5py>=3.16.0",
@@ -54,9 +57,11 @@ setup(
     },
     entry_points={
         "console_scripts": [
+            "sscl-prepare = data_prep.__main__:main",
             "sscl-train = sscl_jax.main:run",
             "sscl-predict = sscl_jax.predict:main",
             "sscl-evaluate = sscl_jax.evaluate:main",
+            "sscl-export = sscl_jax.export:main",
         ]
     },
     classifiers=[

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data_prep import common
+from sscl_jax import cli
 from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset
 from sscl_jax.data.recipe import Recipe
 
@@ -142,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = common.make_parser("acdc", __doc__)
     parser.add_argument("--spacing", type=float, default=1.5, help="of rows and columns, in mm (default 1.5)")
-    args = parser.parse_args(argv)
+    args = cli.parse(parser, argv)
     prepare(**vars(args))
 
 

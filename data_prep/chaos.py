@@ -31,6 +31,7 @@ import numpy as np
 
 from data_prep import common
 from data_prep.folder import Scan, draw_splits
+from sscl_jax import cli
 from sscl_jax.data import formats, nifti
 from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset
 from sscl_jax.data.recipe import Recipe
@@ -201,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--seed", type=int, default=SEED, help=f"of the draw of patients (default {SEED})")
     add("--spacing", type=float, default=1.5, metavar="MM", help="of rows and columns (default 1.5)")
     common.add_window(parser, (-160.0, 240.0), ", for ct")
-    args = vars(parser.parse_args(argv))
+    args = vars(cli.parse(parser, argv))
     prepare(**args)
 
 

@@ -10,7 +10,6 @@ An error makes a case useless, a warning is to be looked at. `prepare` of every 
 stands how many cases hold each class, by split where DIR says which those are. Exit status 1 if there is an error.
 """
 
-import argparse
 import functools
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from data_prep import acdc, common, folder, msd
 from data_prep.common import CaseFacts
 from data_prep.folder import Scan
+from sscl_jax import cli
 from sscl_jax.data import nifti
 from sscl_jax.data.prepared import SPLITS, Case, CaseSource, PreparedDataset, map_ahead, open_prepared
 
@@ -223,13 +223,9 @@ def _few(names: Sequence[str | Path]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.check",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.make_parser("data_prep.check", __doc__)
     parser.add_argument("path", type=Path, metavar="DIR", help="see above")
-    path = parser.parse_args(argv).path
+    path = cli.parse(parser, argv).path
     text, errors = report(path, check(path))
     print(text)
     sys.exit(1 if errors else 0)

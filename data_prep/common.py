@@ -14,6 +14,7 @@ import nibabel
 import numpy as np
 from tqdm import tqdm
 
+from sscl_jax import cli
 from sscl_jax.data import nifti
 from sscl_jax.data.prepared import (
     SPLITS,
@@ -379,16 +380,12 @@ def build(
 
 
 def make_parser(module: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser with what every preparer takes: --input, --output, --splits and --skip-bad."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m data_prep.{module}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """A parser with what every preparer takes: --input, --output, --splits and --skip_bad."""
+    parser = cli.make_parser(f"data_prep.{module}", description)
     parser.add_argument("--input", type=Path, required=True, dest="input_dir", metavar="DIR", help="see above")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--splits", type=Path, metavar="FILE", help="JSON file with train, val and test patients")
-    parser.add_argument("--skip-bad", action="store_true", help="go on without the cases that have a fault")
+    parser.add_argument("--skip_bad", action="store_true", help="go on without the cases that have a fault")
     return parser
 
 

@@ -21,7 +21,6 @@ or sagittal (LIP). They keep their distance; rows and columns are resampled to t
 spacing, and where voxels are nearly cubes, so are the slices.
 """
 
-import argparse
 import csv
 import dataclasses
 import functools
@@ -36,6 +35,7 @@ import nibabel
 import numpy as np
 
 from data_prep import common
+from sscl_jax import cli
 from sscl_jax.data import nifti
 from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset, write_prepared
 from sscl_jax.data.recipe import Recipe
@@ -473,11 +473,7 @@ def _either_way(code: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.folder",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.make_parser("data_prep.folder", __doc__)
     add = parser.add_argument
     add("--input", type=Path, dest="input_dir", metavar="DIR", help="folder with images/, labels/")
     add("--csv", type=Path, dest="csv_file", metavar="FILE", help="list with a column image")
@@ -506,8 +502,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--orientation", metavar="SPL", help="axis codes of slices, rows, columns")
     add("--name", help="of the dataset (default: that of the input)")
     add("--channels", action="store_true", help="the fourth axis of an image holds its channels")
-    add("--skip-bad", action="store_true", help="go on without the cases that have a fault")
-    args = vars(parser.parse_args(argv))
+    add("--skip_bad", action="store_true", help="go on without the cases that have a fault")
+    args = vars(cli.parse(parser, argv))
     prepare(args.pop("output"), **args)
 
 

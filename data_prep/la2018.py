@@ -11,7 +11,7 @@ The data come from the challenge's organisers (Xiong et al., Medical Image Analy
 without a mask becomes an unlabelled one, and CASE is the patient.
 
 The h5 files hold no geometry. What is used instead, and printed: voxels of 0.625 mm along each axis, which is what the
-challenge documents for all its scans (--spacing-of-files says otherwise); and axes that point to the left, to the back
+challenge documents for all its scans (--spacing_of_files says otherwise); and axes that point to the left, to the back
 and up (LPS). That is how the arrays look: along the last axis, always 88 long, lie axial slices from liver to pulmonary
 trunk; in them the spine lies at the far end of the second axis, and the descending aorta beyond it on the first.
 
@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 
 from data_prep import common
+from sscl_jax import cli
 from sscl_jax.data import formats
 from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset
 from sscl_jax.data.recipe import Recipe
@@ -67,11 +68,11 @@ def prepare(
     patients = common.read_splits(splits)
     form, images, problems = find_cases(Path(input_dir), form)
     if form == "h5":
-        told = "as --spacing-of-files says" if spacing_of_files else "as the challenge documents"
+        told = "as --spacing_of_files says" if spacing_of_files else "as the challenge documents"
         spacing_of_files = spacing_of_files or DOCUMENTED_SPACING
         print(f"h5 files hold no geometry: taken as {spacing_of_files:g} mm along each axis, {told}, axes {H5_AXES}")
     elif spacing_of_files:
-        raise ValueError("--spacing-of-files is for h5 files; NRRD files tell their own spacing: leave it out")
+        raise ValueError("--spacing_of_files is for h5 files; NRRD files tell their own spacing: leave it out")
     common.tell_missing(patients, images, splits)
     sources = [
         case_of(patient, split, images[patient], form, spacing_of_files)
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--form", choices=tuple(IMAGES), help="which files to take, where both are there")
     add(
-        "--spacing-of-files",
+        "--spacing_of_files",
         type=float,
         metavar="MM",
         help=f"voxel size in the h5 files (default {DOCUMENTED_SPACING}, which the challenge documents)",
@@ -144,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         metavar="MM",
         help=f"of the prepared voxels, along each axis (default {DOCUMENTED_SPACING})",
     )
-    args = parser.parse_args(argv)
+    args = cli.parse(parser, argv)
     prepare(**vars(args))
 
 

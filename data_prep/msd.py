@@ -33,6 +33,7 @@ import numpy as np
 
 from data_prep import common, folder
 from data_prep.folder import Scan
+from sscl_jax import cli
 from sscl_jax.data import nifti
 from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset, write_prepared
 from sscl_jax.data.recipe import Recipe
@@ -130,7 +131,7 @@ def prepare(
 
 def read_description(path: Path) -> tuple[dict[str, Any], list[str]]:
     """Content of dataset.json, empty if it cannot be read; problems, one line each."""
-    remedy = "restore it, it names labels and channels (--skip-bad takes labels as found, and one channel of MR)"
+    remedy = "restore it, it names labels and channels (--skip_bad takes labels as found, and one channel of MR)"
     if not path.is_file():
         return {}, [f"{path}: does not exist: {remedy}"]
     try:
@@ -388,7 +389,7 @@ def main(argv: list[str] | None = None) -> None:
         help="of rows and columns, or of slices, rows and columns (default: the median)")  # fmt: skip
     add("--orientation", metavar="SPL", help="axis codes of slices, rows, columns")
     add("--no_test_images", action="store_true", help="leave out the images of `test`, which have no labels")
-    args = vars(parser.parse_args(argv))
+    args = vars(cli.parse(parser, argv))
     prepare(args.pop("input_dir"), args.pop("output"), **args)
 
 

@@ -16,7 +16,6 @@ base of the heart, as in ACDC. Unlike ACDC's own files, whose sform is a unit ma
 pixdim, the affine here carries the spacing.
 """
 
-import argparse
 import functools
 import gzip
 import json
@@ -33,6 +32,8 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
+
+from sscl_jax import cli
 
 VERSION = 1  # raise it when the same seed would give other files
 GROUPS = ("NOR", "DCM", "HCM", "MINF", "RV")  # ACDC's five groups of patients
@@ -748,17 +749,17 @@ def _write_all(root: Path, seed: int, total: int, workers: int) -> Iterator[str]
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line; exits with status 1 and one line on an error."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.phantom", description=__doc__.split("\n")[0])
+    parser = cli.make_parser("data_prep.phantom", __doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not hold anything else")
     parser.add_argument("--patients", type=int, default=40, help="training patients (default 40)")
     parser.add_argument("--val", type=int, default=6, help="validation patients (default 6)")
     parser.add_argument("--test", type=int, default=10, help="test patients (default 10)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default 0)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    options = parser.parse_args(arguments)
+    options = cli.parse(parser, arguments)
     try:
         generate(**vars(options))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError) as error:  # not by `common.run`: that would load much into every worker
         parser.exit(1, f"error: {error}\n")
 
 

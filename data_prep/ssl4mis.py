@@ -29,6 +29,7 @@ import numpy as np
 
 from data_prep import common
 from data_prep.acdc import CLASSES
+from sscl_jax import cli
 from sscl_jax.data import formats, nifti
 from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset
 from sscl_jax.data.recipe import Recipe
@@ -210,13 +211,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     add("--axes", default="SPL", help="where slices, rows and columns of the files run to (default SPL)")
     add(
-        "--class-names",
+        "--class_names",
         type=lambda text: [part.strip() for part in text.split(",")],
         default=CLASSES,
         metavar="A,B,C",
         help="of the label values 0, 1, ... (default: those of ACDC)",
     )
-    args = parser.parse_args(argv)
+    args = cli.parse(parser, argv)
     prepare(**vars(args))
 
 

@@ -26,6 +26,7 @@ import numpy as np
 
 from data_prep import common, folder
 from data_prep.folder import Scan
+from sscl_jax import cli
 from sscl_jax.data import nifti
 from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset
 from sscl_jax.data.recipe import Recipe
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     common.add_window(parser, WINDOW)
     add("--spacing", type=float, default=1.5, metavar="MM", help="of rows and columns (default 1.5)")
     add("--no_test_images", action="store_true", help="leave out the images that have no labels")
-    args = vars(parser.parse_args(argv))
+    args = vars(cli.parse(parser, argv))
     prepare(**args)
 
 

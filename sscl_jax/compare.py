@@ -5,7 +5,6 @@
 The first is the one that the others are compared with, in paired differences over the same cases.
 """
 
-import argparse
 import csv
 import json
 import math
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 from scipy import stats
+
+from sscl_jax import cli
 
 METRICS = ("dice", "jaccard", "hd95_mm", "assd_mm")
 
@@ -114,11 +115,11 @@ def compare(workdirs: Sequence[Path], split: str, network: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m sscl_jax.compare`."""
-    parser = argparse.ArgumentParser(prog="sscl_jax.compare", description="Puts trainings side by side.")
+    parser = cli.make_parser("sscl_jax.compare", __doc__)
     parser.add_argument("workdirs", nargs="+", type=Path, help="--workdir of two or more trainings that have ended")
     parser.add_argument("--split", default="val", choices=["val", "test"], help="default: val")
     parser.add_argument("--network", default="teacher", choices=["teacher", "student"], help="default: teacher")
-    args = parser.parse_args(argv)
+    args = cli.parse(parser, argv)
     try:
         print(compare(args.workdirs, args.split, args.network))
     except (ValueError, OSError) as error:

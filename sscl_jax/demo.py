@@ -6,19 +6,20 @@ The two trainings see the same two labelled patients and differ in one thing: th
 patients without labels. Every step is a command of its own, and printed before it is run.
 """
 
-import argparse
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 
+from sscl_jax import cli
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the commands one after the other; stops at the first that fails, with its exit status."""
-    parser = argparse.ArgumentParser(prog="sscl_jax.demo", description=__doc__)
+    parser = cli.make_parser("sscl_jax.demo", __doc__)
     parser.add_argument("--workdir", default="runs/demo", help="folder for data and trainings (default runs/demo)")
-    workdir = parser.parse_args(argv).workdir
+    workdir = cli.parse(parser, argv).workdir
     commands = [
         ["-m", "data_prep.phantom", f"--output={workdir}/scans"],
         [

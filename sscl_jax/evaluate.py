@@ -4,7 +4,6 @@ python -m sscl_jax.evaluate --checkpoint=runs/acdc --split=val
 python -m sscl_jax.evaluate --predictions=DIR --references=DIR
 """
 
-import argparse
 import csv
 import functools
 import itertools
@@ -17,7 +16,7 @@ import jax
 import numpy as np
 from scipy import ndimage
 
-from sscl_jax import metrics
+from sscl_jax import cli, metrics
 from sscl_jax.data import nifti
 from sscl_jax.data import recipe as recipes
 from sscl_jax.data.prepared import Case, PreparedDataset, open_prepared
@@ -101,11 +100,14 @@ class CaseResult(NamedTuple):
       case: the case.
       prediction: (X, Y, Z) uint8, classes on the native grid.
       metrics: compared with the native label, in mm.
+      sure: voxels of the foreground (of prediction or label), how many of them would give a pseudo-label, and for how
+        many of those it would be right.
     """
 
     case: Case
     prediction: np.ndarray
     metrics: metrics.CaseMetrics
+    sure: tuple[int, int, int]
 
 
 def keep_largest_component(classes: np.ndarray) -> np.ndarray:
@@ -133,7 +135,7 @@ def segment(
     grid: recipes.Grid,
     recipe: recipes.Recipe,
     largest_component: bool,
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """Segments one prepared image.
 
     Args:
@@ -145,11 +147,11 @@ def segment(
       largest_component: see `keep_largest_component`.
 
     Returns:
-      Classes (X, Y, Z) uint8 on the native grid.
+      Classes (X, Y, Z) uint8 on the native grid, and the probability of the most probable one.
     """
     probs = recipes.to_native(predict(variables, image), grid, recipe)
     classes = np.argmax(probs, axis=-1).astype(np.uint8)
-    return keep_largest_component(classes) if largest_component else classes
+    return keep_largest_component(classes) if largest_component else classes, np.max(probs, axis=-1)
 
 
 def evaluate_cases(
@@ -158,19 +160,19 @@ def evaluate_cases(
     dataset: PreparedDataset,
     cases: Sequence[Case],
     largest_component: bool,
+    threshold: float = 0.0,
 ) -> list[CaseResult]:
-    """Segments and measures cases that have a label."""
+    """Segments and measures cases that have a label; `threshold`: least confidence of a pseudo-label."""
     results = []
     for case in cases:
-        image = dataset.image(case.index)
-        prediction = segment(predict, variables, image, case.grid, dataset.recipe, largest_component)
-        measured = metrics.case_metrics(
-            prediction,
-            dataset.native_label(case.index),
-            dataset.num_classes,
-            case.grid.native_spacing,
-        )
-        results.append(CaseResult(case, prediction, measured))
+        image, label = dataset.image(case.index), dataset.native_label(case.index)
+        prediction, confidence = segment(predict, variables, image, case.grid, dataset.recipe, largest_component)
+        measured = metrics.case_metrics(prediction, label, dataset.num_classes, case.grid.native_spacing)
+        foreground = (prediction > 0) | (label > 0)
+        sure = foreground & (confidence >= threshold)
+        right = sure & (prediction == label)
+        counts = (int(foreground.sum()), int(sure.sum()), int(right.sum()))
+        results.append(CaseResult(case, prediction, measured, counts))
     return results
 
 
@@ -330,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `sscl-evaluate`."""
     from sscl_jax import experiment  # imported here, since training imports this file
 
-    parser = argparse.ArgumentParser(prog="sscl_jax.evaluate", description="Measures masks by case, in mm.")
+    parser = cli.make_parser("sscl_jax.evaluate", __doc__)
     parser.add_argument("--checkpoint", help="--workdir of a training: measure its student and teacher")
     parser.add_argument("--split", default="val", choices=["val", "test"], help="split to measure (default val)")
     parser.add_argument("--kind", default="best", choices=["best", "last"], help="which checkpoint (default best)")
@@ -338,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--predictions", help="folder of masks: measure them against --references")
     parser.add_argument("--references", help="folder of reference masks; files pair by name")
     parser.add_argument("--csv", help="also write one row for each case and class to this file")
-    args = parser.parse_args(argv)
+    args = cli.parse(parser, argv)
     folders = args.predictions, args.references
     if bool(args.checkpoint) == any(folders) or any(folders) != all(folders):
         parser.error("give either --checkpoint, or --predictions and --references")

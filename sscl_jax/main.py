@@ -18,6 +18,7 @@ from sscl_jax import parallel
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with the method behind a colon.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs, tables and pictures.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan (data, steps, memory, time) and stop; writes nothing.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0, where jax cannot find it itself.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes, with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Number of this process, with --coordinator.")
@@ -30,10 +31,11 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # jax and Orbax tell every step of their work at INFO
     try:
         parallel.initialise_hosts(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        from sscl_jax import train  # the devices are known from here on
+        from sscl_jax import plan, train  # the devices are known from here on
 
         assert _WORKDIR.value  # required
-        train.train(_CONFIG.value, Path(_WORKDIR.value))
+        go = plan.show_plan if _DRY_RUN.value else train.train
+        go(_CONFIG.value, Path(_WORKDIR.value))
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("SSCL_TRACEBACK"):
             raise

@@ -10,7 +10,6 @@ A mask has the name, geometry and label values of its scan; it is NIfTI, whateve
 could not be segmented.
 """
 
-import argparse
 import functools
 import os
 import re
@@ -23,7 +22,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from sscl_jax import evaluate, experiment
+from sscl_jax import cli, evaluate, experiment
 from sscl_jax.data import formats, nifti
 from sscl_jax.data import recipe as recipes
 
@@ -146,7 +145,7 @@ def predict_file(
     for frame in frames:
         prepared = recipes.prepare_image(frame, grid, network.recipe)
         largest = network.config.eval.largest_component
-        classes = evaluate.segment(predict, network.variables, prepared, grid, network.recipe, largest)
+        classes, _ = evaluate.segment(predict, network.variables, prepared, grid, network.recipe, largest)
         masks.append(recipes.unmap_labels(classes, network.recipe.label_values))
     mask = masks[0] if len(masks) == 1 else np.stack(masks, axis=-1)
     nifti.write_mask(output, mask, affine, header)
@@ -154,7 +153,7 @@ def predict_file(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `sscl-predict`."""
-    parser = argparse.ArgumentParser(prog="sscl_jax.predict", description="Segments scans with a trained network.")
+    parser = cli.make_parser("sscl_jax.predict", __doc__)
     parser.add_argument("--checkpoint", required=True, help="--workdir of a training")
     parser.add_argument(
         "--input",
@@ -171,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=0.5,
         help="least overlap of windows, in [0, 1) (default 0.5)",
     )
-    args = parser.parse_args(argv)
+    args = cli.parse(parser, argv)
     if not 0 <= args.overlap < 1:
         parser.error(f"--overlap={args.overlap}: must lie in [0, 1)")
     try:

@@ -6,7 +6,6 @@ Written at the end of every training too. It reads what the training left in its
 `metrics.csv`, the case tables and the pictures.
 """
 
-import argparse
 import base64
 import csv
 import html
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 
-from sscl_jax import compare
+from sscl_jax import cli, compare
 from sscl_jax.pictures import COLOURS
 
 matplotlib.use("Agg")
@@ -35,12 +34,13 @@ CURVES = (
     ("terms of the loss", ("sup_ce", "sup_dice", "pl_ce", "pl_dice", "cons")),
     ("contrast", ("con",)),
     ("share of pixels with a pseudo-label", ("pl_coverage",)),
+    ("pseudo-labels of the foreground on val", ("val_pl_coverage", "val_pl_accuracy")),
     ("weights of the terms", ("weight_contrast", "weight_consistency", "weight_pseudo_label")),
     ("learning rate", ("learning_rate",)),
 )
 ROLES = ("labelled", "unlabelled", "val", "test")
 NETWORKS = ("teacher", "student")
-WORST = 10  # cases listed
+WORST = 10  # cases listed; all others are a click away
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --good: #31a354; }
@@ -79,7 +79,7 @@ class Run(NamedTuple):
     Attributes:
       workdir: the folder.
       config: its config.
-      run: what `train.describe_run` wrote: data, roles, devices, versions, time, features.
+      run: what `train` wrote in `run.json`: data, roles, devices, versions, time, features.
       curves: rows of metrics.csv.
       cases: by split and network, rows of the case table.
     """
@@ -221,7 +221,12 @@ def _results(run: Run, split: str) -> list[str]:
         parts.append(f"<h2>Best, median and worst case on {split}</h2>")
     for case, path in pictures.items():
         parts.append(f'<figure id="{split}-{_text(case)}">{_png(path, f"overlay of {case}")}</figure>')
-    parts += [f"<h2>Worst cases on {split}</h2>", _worst_table(tables["teacher"], split, pictures)]
+    dice = compare.case_means(tables["teacher"], "dice")
+    ranked = sorted(dice, key=lambda case: dice[case])
+    parts += [f"<h2>Worst cases on {split}</h2>", _case_table(tables["teacher"], ranked[:WORST], split, pictures)]
+    if len(ranked) > WORST:
+        table = _case_table(tables["teacher"], ranked, split, pictures)
+        parts.append(f"<details><summary>all {len(ranked)} cases</summary>{table}</details>")
     if (features := run.workdir / f"{split}_features.png").is_file():
         caption = "Features of single pixels, coloured by reference class, on their first two principal axes. "
         caption += "; ".join(
@@ -270,10 +275,10 @@ def _strip_plot(rows: compare.Rows, split: str) -> str:
     return f"<figure>{_svg(figure)}</figure>"
 
 
-def _worst_table(rows: compare.Rows, split: str, pictures: dict[str, Path]) -> str:
+def _case_table(rows: compare.Rows, cases: Sequence[str], split: str, pictures: dict[str, Path]) -> str:
     dice, distance = compare.case_means(rows, "dice"), compare.case_means(rows, "hd95_mm")
     lines = []
-    for case in sorted(dice, key=lambda c: dice[c])[:WORST]:
+    for case in cases:
         detail = ", ".join(
             f"{name} {100 * row['dice']:.1f}{' (flagged)' if row['flagged'] else ''}"
             for (each, name), row in rows.items()
@@ -384,10 +389,10 @@ def _svg(figure: plt.Figure) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m sscl_jax.report`."""
-    parser = argparse.ArgumentParser(prog="sscl_jax.report", description="Writes report.html of a training.")
+    parser = cli.make_parser("sscl_jax.report", __doc__)
     parser.add_argument("--workdir", required=True, type=Path, help="folder of the training")
     parser.add_argument("--compare", nargs="+", default=[], type=Path, metavar="RUN", help="trainings to set beside it")
-    args = parser.parse_args(argv)
+    args = cli.parse(parser, argv)
     try:
         print(write_report(args.workdir, args.compare))
     except (ValueError, OSError) as error:

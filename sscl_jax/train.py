@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
-from sscl_jax import evaluate, experiment, metrics, parallel, pictures, report
+from sscl_jax import evaluate, experiment, metrics, model_card, parallel, pictures, report
 from sscl_jax.checkpoint import Checkpoints
 from sscl_jax.data.prepared import PreparedDataset, open_prepared
 from sscl_jax.data.sampling import (
@@ -48,7 +48,7 @@ TERMS = (
 COLUMNS = (
     "step", "seconds", "images_per_s", "learning_rate", *TERMS,
     "weight_contrast", "weight_consistency", "weight_pseudo_label",
-    "val_dice", "val_hd95_mm",
+    "val_dice", "val_hd95_mm", "val_pl_coverage", "val_pl_accuracy",
 )  # fmt: skip
 
 IN_FLIGHT = 2  # steps handed to the device and not yet done
@@ -69,18 +69,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
       ValueError, FileNotFoundError, OSError: config, data or workdir cannot be used; says why.
       FloatingPointError: the loss is not finite; names the step and its cases.
     """
-    experiment.check_config(config)
-    dataset = open_prepared(Path(config.data.path))
-    if config.data.labeled_fraction > 0:
-        config = config.copy_and_resolve_references()
-        config.data.labeled_patients = patients_of_fraction(dataset, config.data.labeled_fraction)
-    roles = assign_roles(dataset, config.data.labeled_patients, config.data.labeled_seed)
-    semi_supervised = experiment.uses_unlabeled(config)
-    if semi_supervised and not roles.unlabeled:
-        raise ValueError(
-            f"data.labeled_patients={config.data.labeled_patients} leaves no unlabelled patient for method "
-            f"{config.method!r}: lower it, or take :supervised."
-        )
+    config, dataset, roles = open_data(config)
     held = classes_held(dataset, roles.labeled + roles.val)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -107,8 +96,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
 
     main = parallel.is_main_process()
     if main:
-        _describe(config, dataset.name, roles, start)
-        _describe_classes(dataset.recipe.class_names, roles, held)
+        describe(config, dataset, roles, held, start)
         (workdir / "config.json").write_text(json.dumps(meta["config"], indent=1), encoding="utf-8")
         (workdir / "run.json").write_text(json.dumps(_facts(dataset, roles), indent=1), encoding="utf-8")
     log = Log(workdir, start, main)
@@ -117,8 +105,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
     model = experiment.make_model(config, dataset.num_classes)
     predict = evaluate.make_predictor(model, patch, config.eval.overlap)
     schedule, weights = experiment.make_schedule(config), experiment.make_weights(config)
-    largest = config.eval.largest_component
-    images = config.data.labeled_batch + (config.data.unlabeled_batch if semi_supervised else 0)
+    largest, threshold = config.eval.largest_component, config.pseudo_label.threshold
+    images = images_of_step(config)
     batches = Batches(config, dataset, roles)
     wanted = set().union(*(held[case.case_id] for case in roles.val))
 
@@ -153,10 +141,13 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
             if at_eval and stopping is None:
                 host = parallel.to_host(state)
                 variables = experiment.network_variables(host, config.eval.select)
-                results = evaluate.evaluate_cases(predict, variables, dataset, roles.val, largest)
+                results = evaluate.evaluate_cases(predict, variables, dataset, roles.val, largest, threshold)
                 summary = metrics.summarise([r.metrics for r in results])
                 dice = summary.overall_mean["dice"]
                 row = {"val_dice": dice, "val_hd95_mm": summary.overall_mean["hd95"]}
+                if experiment.uses_unlabeled(config):
+                    foreground, sure, right = np.sum([r.sure for r in results], axis=0)
+                    row |= {"val_pl_coverage": sure / max(foreground, 1), "val_pl_accuracy": right / max(sure, 1)}
                 predicted = set().union(*(np.unique(r.prediction).tolist() for r in results))
                 memory["unpredicted"] = unpredicted(memory["unpredicted"], wanted, predicted)
                 if main:
@@ -184,6 +175,34 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
             sys.exit(128 + caught[0])
     log.close()
     return _final_tables(config, workdir, dataset, roles, memory["seconds"])
+
+
+def open_data(config: ConfigDict) -> tuple[ConfigDict, PreparedDataset, Roles]:
+    """Checks a config, opens its data and says who plays which part.
+
+    Returns:
+      The config, with `data.labeled_patients` as `data.labeled_fraction` makes it; the dataset; the parts.
+
+    Raises:
+      ValueError, FileNotFoundError: config or data cannot be used; says why.
+    """
+    experiment.check_config(config)
+    dataset = open_prepared(Path(config.data.path))
+    if config.data.labeled_fraction > 0:
+        config = config.copy_and_resolve_references()
+        config.data.labeled_patients = patients_of_fraction(dataset, config.data.labeled_fraction)
+    roles = assign_roles(dataset, config.data.labeled_patients, config.data.labeled_seed)
+    if experiment.uses_unlabeled(config) and not roles.unlabeled:
+        raise ValueError(
+            f"data.labeled_patients={config.data.labeled_patients} leaves no unlabelled patient for method "
+            f"{config.method!r}: lower it, or take :supervised."
+        )
+    return config, dataset, roles
+
+
+def images_of_step(config: ConfigDict) -> int:
+    """Images in a step, over all devices."""
+    return config.data.labeled_batch + (config.data.unlabeled_batch if experiment.uses_unlabeled(config) else 0)
 
 
 class Batches:
@@ -279,7 +298,7 @@ class Log:
         parts += [f"{name} {row[name]:.3f}" for name in TERMS if name in row and name != "grad_norm"]
         if "val_dice" in row:
             parts += [f"val Dice {row['val_dice']:.3f}"]
-        parts += [f"{row['images_per_s']:.0f} images/s", f"{_duration(left)} left"]
+        parts += [f"{row['images_per_s']:.0f} images/s", f"{duration(left)} left"]
         print("  ".join(parts), flush=True)
 
     def close(self) -> None:
@@ -306,14 +325,14 @@ class _caught_signals:
             signal.signal(number, handler)
 
 
-def _describe(config: ConfigDict, name: str, roles: Roles, start: int) -> None:
-    """Prints who plays which part."""
+def describe(config: ConfigDict, dataset: PreparedDataset, roles: Roles, held: dict[str, set[int]], start: int) -> None:
+    """Prints who plays which part, and in how many of their cases each class is; `held`: see `classes_held`."""
 
     def count(cases):
         patients = len({case.patient_id for case in cases})
         return f"{patients} patients, {len(cases)} cases, {sum(c.grid.shape[0] for c in cases)} slices"
 
-    print(f"{name}: method {config.method}, {config.steps} steps, seed {config.seed}")
+    print(f"{dataset.name}: method {config.method}, {config.steps} steps, seed {config.seed}")
     print(f"  labelled    {count(roles.labeled)}: {', '.join(sorted({c.patient_id for c in roles.labeled}))}")
     used = "" if experiment.uses_unlabeled(config) else " (not used by this method)"
     print(f"  unlabelled  {count(roles.unlabeled)}{used}")
@@ -326,6 +345,7 @@ def _describe(config: ConfigDict, name: str, roles: Roles, start: int) -> None:
     print(f"  {jax.device_count()} device(s) ({kind}), {jax.process_count()} process(es)")
     if start:
         print(f"  goes on from step {start}", flush=True)
+    _describe_classes(dataset.recipe.class_names, roles, held)
 
 
 def _facts(dataset: PreparedDataset, roles: Roles) -> dict[str, Any]:
@@ -336,6 +356,8 @@ def _facts(dataset: PreparedDataset, roles: Roles) -> dict[str, Any]:
     return {
         "dataset": dataset.name,
         "fingerprint": dataset.fingerprint,
+        "recipe": dataset.recipe.to_dict(),
+        "channels": dataset.channels,
         "roles": {
             role: {
                 "patients": list(dict.fromkeys(case.patient_id for case in cases)),
@@ -419,10 +441,12 @@ def _final_tables(
         facts |= {"seconds": seconds, "peak_memory_gib": peak, "checkpoint": networks[0].path.name}
         (workdir / "run.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
         page = report.write_report(workdir)
-        print(f"\ntrained for {_duration(seconds)}, peak memory {peak:.2f} GiB; look at {page}", flush=True)
+        model_card.write_card(workdir)
+        print(f"\ntrained for {duration(seconds)}, peak memory {peak:.2f} GiB; look at {page}", flush=True)
     return summaries
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours and minutes, or minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"

@@ -305,7 +305,7 @@ def test_numbers_that_are_names_are_no_channels(tmp_path):
     ]
 
 
-# --- --skip-bad -----------------------------------------------------------------------------------
+# --- --skip_bad -----------------------------------------------------------------------------------
 
 
 def test_skip_bad_goes_on_and_records_what_it_left_out(acdc_folder, tmp_path, capsys):
@@ -324,7 +324,7 @@ def test_skip_bad_goes_on_and_records_what_it_left_out(acdc_folder, tmp_path, ca
         acdc.main(arguments)
     assert not out.exists()
     capsys.readouterr()
-    acdc.main([*arguments, "--skip-bad"])
+    acdc.main([*arguments, "--skip_bad"])
     told = capsys.readouterr()
     assert "skipped: 1 of 4 cases" in told.out and f"skipped: {bad}" in told.err
     dataset = open_prepared(out)

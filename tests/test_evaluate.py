@@ -1,5 +1,6 @@
 import csv
 import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import nibabel as nib
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from sscl_jax import compare, evaluate, metrics
+from sscl_jax.data.recipe import Recipe, make_grid
 
 
 @settings(deadline=None)
@@ -43,6 +45,24 @@ def test_sliding_window_of_a_pointwise_network_is_the_network(patch, shape):
     expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     got = evaluate.make_predictor(Pointwise(), patch, overlap=0.5, batch=4)(2.0, image)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_pseudo_labels_by_hand():
+    recipe = Recipe(orientation="RAS", spacing=(None,) * 3, label_values=(0, 1), class_names=("background", "x"))
+    label = np.array([0, 0, 1, 1, 1, 0], np.uint8).reshape(6, 1, 1)
+    # predicted:        0    1    1    1    0    0     the last two: missed, and background that does not count
+    second = np.array([0.1, 0.9, 0.9, 0.6, 0.05, 0.0]).reshape(6, 1, 1)
+    probs = np.stack([1 - second, second], -1)
+    case = SimpleNamespace(index=0, grid=make_grid(label.shape, np.eye(4), recipe))
+    data = SimpleNamespace(image=lambda _: probs, native_label=lambda _: label, num_classes=2, recipe=recipe)
+
+    def sure(threshold):
+        (result,) = evaluate.evaluate_cases(lambda _, image: image, None, data, [case], False, threshold)
+        return result.sure
+
+    assert sure(0.0) == (4, 4, 2)
+    assert sure(0.8) == (4, 3, 1)  # 0.6 is too little; of 0.9, 0.9 and 0.95 one is right
+    assert sure(0.93) == (4, 1, 0)
 
 
 class Averaging:

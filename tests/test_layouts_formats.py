@@ -97,7 +97,7 @@ def test_la_h5(la_h5, tmp_path, capsys):
 def test_la_spacing_of_files(la_h5, tmp_path, capsys):
     splits = write_splits(tmp_path, **LA_SPLITS)
     dataset = la2018.prepare(la_h5, tmp_path / "out", splits, spacing_of_files=1.25, spacing=2.5)
-    assert "1.25 mm along each axis, as --spacing-of-files says" in capsys.readouterr().out
+    assert "1.25 mm along each axis, as --spacing_of_files says" in capsys.readouterr().out
     grid = dataset.cases[0].grid
     assert grid.native_spacing == (1.25, 1.25, 1.25) and grid.spacing == (2.5, 2.5, 2.5)
     assert grid.shape == (2, 4, 4)  # halves of 5, 7 and 9, rounded to even
@@ -423,7 +423,7 @@ def test_the_commands(la_h5, chaos_mr, ssl4mis_folder, tmp_path, capsys):
         return open_prepared(out)
 
     splits = write_splits(tmp_path, **LA_SPLITS)
-    assert done(la2018, la_h5, f"--splits={splits}", "--spacing-of-files=1").cases[0].grid.native_spacing == (1, 1, 1)
+    assert done(la2018, la_h5, f"--splits={splits}", "--spacing_of_files=1").cases[0].grid.native_spacing == (1, 1, 1)
     splits = write_splits(tmp_path, **CHAOS_SPLITS)
     assert done(chaos, chaos_mr, "--modality=t2", f"--splits={splits}", "--spacing=3").cases[0].grid.spacing[1:] == (
         3,

@@ -298,7 +298,7 @@ def test_msd_without_a_description(task, tmp_path, content):
     (task / "dataset.json").unlink() if content is None else (task / "dataset.json").write_text(content)
     (task / "imagesTs" / "ct_5.nii.gz").unlink()
     lines = problems_of(msd.prepare, task, tmp_path / "out")
-    assert len(lines) == 1 and "dataset.json" in lines[0] and "--skip-bad" in lines[0]
+    assert len(lines) == 1 and "dataset.json" in lines[0] and "--skip_bad" in lines[0]
     dataset = msd.prepare(task, tmp_path / "out", skip_bad=True)
     assert dataset.recipe.class_names == ("background", "label 1", "label 2")
     assert dataset.recipe.intensity == "mr"
@@ -556,7 +556,7 @@ def test_help(module, capsys):
         module.main(["--help"])
     assert caught.value.code == 0
     told = capsys.readouterr().out
-    assert "--skip-bad" in told and "--no_test_images" in told
+    assert "--skip_bad" in told and "--no_test_images" in told
 
 
 def test_main(task, hearts, abdomens, tmp_path):

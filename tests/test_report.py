@@ -68,6 +68,14 @@ def test_figures_are_those_of_the_table(tmp_path):
     assert "y 0.0 (flagged)" in worst and "x 90.0" in worst and "y nan" not in worst
 
 
+def test_every_case_is_listed(tmp_path):
+    dice = {(f"case{i:02d}", "x"): (i + 1) / 20 for i in range(13)}
+    page = report.write_report(make_run(tmp_path / "run", dice)).read_text()
+    worst, rest = page.split("<h2>Worst cases on val</h2>")[1].split("<details><summary>all 13 cases</summary>")
+    assert re.findall(r"case\d\d", worst) == [f"case{i:02d}" for i in range(10)]
+    assert re.findall(r"case\d\d", rest.split("</details>")[0]) == [f"case{i:02d}" for i in range(13)]
+
+
 def test_page_needs_nothing_but_itself_and_escapes_names(tmp_path):
     workdir = make_run(tmp_path / "run", DICE)
     features = np.random.RandomState(0).randn(40, 5)

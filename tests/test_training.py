@@ -3,6 +3,7 @@
 import csv
 import itertools
 import os
+import re
 import shutil
 import signal
 
@@ -14,7 +15,7 @@ from nibabel import orientations
 
 from configs import base
 from data_prep import acdc
-from sscl_jax import evaluate, experiment, predict, train
+from sscl_jax import evaluate, experiment, plan, predict, train
 from sscl_jax.checkpoint import Checkpoints
 from sscl_jax.data import nifti
 from sscl_jax.data.prepared import open_prepared
@@ -60,6 +61,31 @@ def assert_same_training(workdir, other, config):
     assert rows_of(workdir) == rows_of(other)
 
 
+# ---------------------------------------------------------------------------------------------------------- the plan
+
+
+def test_the_plan_tells_what_a_training_would_do_and_writes_nothing(tiny_config, tmp_path, capsys):
+    config = tiny_config()
+    plan.show_plan(config, tmp_path / "run")
+    told = capsys.readouterr().out
+    assert "labelled    2 patients, 4 cases" in told and "in 4 of 4 labelled cases" in told
+    assert re.search(r"a step takes [\d.]+ s \(\d+ images/s\).*: 120 steps take about", told)
+    assert "3 on the way, then the final tables" in told and "GiB" in told
+    assert "goes on from" not in told and list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_of_a_training_that_was_stopped(trained, tiny_config, tmp_path, capsys):
+    workdir, _ = trained
+    shutil.copytree(workdir, tmp_path / "run")
+    before = {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()}
+    plan.show_plan(tiny_config(), tmp_path / "run")
+    told = capsys.readouterr().out
+    assert "goes on from step 120" in told and " 0 steps take about" in told and ": 0 on the way" in told
+    assert {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()} == before
+    with pytest.raises(ValueError, match="seed was 0, is 1"):
+        plan.show_plan(tiny_config(seed=1), tmp_path / "run")
+
+
 # ----------------------------------------------------------------------------------------------------------- learning
 
 
@@ -90,6 +116,24 @@ def test_a_training_leaves_what_a_user_looks_at(trained):
         (n, c) for n in ("student", "teacher") for c in ("right ventricle", "myocardium", "left ventricle")
     }
     assert Checkpoints(workdir, "last").steps()[-1] == 120
+
+
+def test_the_model_card_tells_the_figures_of_the_tables(trained):
+    workdir, summaries = trained
+    card = (workdir / "MODEL_CARD.md").read_text()
+    for network, summary in summaries["val"].items():
+        for c, name in enumerate(("right ventricle", "myocardium", "left ventricle")):
+            values = f"{100 * summary.mean['dice'][c]:.1f} ± {100 * summary.std['dice'][c]:.1f}"
+            assert f"| {network} | {name} | {values} | {summary.mean['hd95'][c]:.1f} | {summary.n[c]} |" in card
+    assert "| labelled | 2 | 4 |" in card and "| val | 1 | 2 |" in card
+    assert "0 (background), 1 (right ventricle)" in card and "not a medical device" in card
+
+
+def test_pseudo_labels_are_measured_on_val(trained):
+    rows = [row for row in rows_of(trained[0]) if row["val_dice"]]
+    for name in ("val_pl_coverage", "val_pl_accuracy"):
+        values = [float(row[name]) for row in rows]
+        assert all(0 <= v <= 1 for v in values) and values[-1] > 0
 
 
 def test_a_finished_training_run_again_changes_nothing(trained, tiny_config, no_tables):

@@ -1,0 +1,51 @@
+"""Options in either spelling; one command for all data sets."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import data_prep
+from data_prep import __main__ as prepare
+from data_prep import acdc, phantom
+from sscl_jax import cli
+
+
+def test_hyphens_in_options_are_underscores_but_not_in_values():
+    parser = cli.make_parser("x", None)
+    parser.add_argument("--skip_bad", action="store_true")
+    parser.add_argument("--class_names")
+    parser.add_argument("path")
+    args = cli.parse(parser, ["--skip-bad", "--class-names=left-ear,x", "a-b"])
+    assert args.skip_bad and args.class_names == "left-ear,x" and args.path == "a-b"
+    assert cli.parse(parser, ["--skip_bad", "p"]).skip_bad
+
+
+def test_all_data_sets_are_listed_with_what_they_are(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sscl-prepare"])
+    prepare.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    files = {p.stem for p in Path(data_prep.__file__).parent.glob("*.py")} - {"__init__", "__main__", "common"}
+    assert {line[0] for line in lines} == files
+    assert all(len(line) > 3 for line in lines)
+
+
+def test_an_unknown_data_set_is_told(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sscl-prepare", "acdcc", "--input=x"])
+    with pytest.raises(SystemExit, match="no data set 'acdcc': choose one of acdc, chaos"):
+        prepare.main()
+
+
+def test_the_rest_goes_to_the_data_set(tmp_path, monkeypatch, capsys):
+    phantom.generate(tmp_path / "scans", patients=1, val=0, test=0)
+    arguments = [f"--input={tmp_path / 'scans'}", "--spacing=6"]
+    monkeypatch.setattr(sys, "argv", ["sscl-prepare", "acdc", *arguments, f"--output={tmp_path / 'one'}"])
+    prepare.main()
+    acdc.main([*arguments, f"--output={tmp_path / 'other'}"])
+    one, other = capsys.readouterr().out.split(f"{tmp_path / 'other'}: scans, ")
+    assert one.split("scans, ")[1] == other and "fingerprint" in other
+
+    monkeypatch.setattr(sys, "argv", ["sscl-prepare", "acdc", "--input=nowhere", f"--output={tmp_path / 'two'}"])
+    with pytest.raises(SystemExit) as stop:
+        prepare.main()
+    assert stop.value.code == 1 and "error: " in capsys.readouterr().err

@@ -1,0 +1,87 @@
+"""An exported network gives the same masks, without sscl_jax."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from sscl_jax import evaluate, experiment, export
+from sscl_jax.data.recipe import Recipe
+
+PATCHES = {"2-D": (16, 32), "3-D": (8, 16, 16)}
+
+
+def network(patch):
+    config = base.get_config("supervised")
+    fields = {"data.patch_size": patch, "model.widths": (8, 16, 16), "augment.flip": (False,) * len(patch)}
+    config.update_from_flattened_dict(fields)
+    recipe = Recipe(label_values=(0, 1, 4), class_names=("background", "a", "b"))
+    state = experiment.make_state(config, 3, 2)
+    variables = experiment.network_variables(state, "teacher")
+    model = experiment.make_model(config, 3)
+    return experiment.Network(model, variables, recipe, config, {"channels": 2}, Path("best/7"), "teacher")
+
+
+def mask_of(patch, model, variables=None):
+    """Mask by a sliding window over an image larger than the patch."""
+    image = np.random.default_rng(0).standard_normal((9, 40, 35, 2), np.float32)
+    return np.argmax(evaluate.make_predictor(model, patch)(variables, image), -1)
+
+
+def assert_same(trained, patch, call):
+    """`call` gives the probabilities of any number of windows, and by that the same mask."""
+    for count in (1, 3):
+        windows = np.random.default_rng(count).standard_normal((count, *patch, 2), np.float32)
+        expected = jax.nn.softmax(trained.model.apply(trained.variables, windows)[0])
+        np.testing.assert_allclose(call(windows), expected, atol=1e-5)
+    stand_in = SimpleNamespace(num_classes=3, apply=lambda _, windows: (jnp.log(call(windows)),))
+    expected = mask_of(patch, trained.model, trained.variables)
+    assert len(np.unique(expected)) == 3
+    np.testing.assert_array_equal(mask_of(patch, stand_in), expected)
+
+
+@pytest.fixture(params=PATCHES.values(), ids=PATCHES.keys())
+def patch(request):
+    return request.param
+
+
+def test_stablehlo_gives_the_same_mask(patch, tmp_path):
+    trained = network(patch)
+    path = export.export_network(trained, tmp_path / "out", "stablehlo")
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    assert set(exported.platforms) == set(export.PLATFORMS)
+    assert_same(trained, patch, exported.call)
+
+
+def test_what_belongs_around_the_model_is_told(tmp_path):
+    export.export_network(network((16, 32)), tmp_path)
+    facts = json.loads((tmp_path / "model.json").read_text())
+    assert facts["input"]["shape"] == ["n", 16, 32, 2] and facts["output"]["shape"] == ["n", 16, 32, 3]
+    assert Recipe.from_dict(facts["recipe"]).label_values == (0, 1, 4)
+
+
+def test_onnx_gives_the_same_mask(patch, tmp_path):
+    pytest.importorskip("jax2onnx", reason="the extra 'onnx' is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)
+    trained = network(patch)
+    session = onnxruntime.InferenceSession(export.export_network(trained, tmp_path, "onnx").read_bytes())
+
+    def call(windows):
+        result = jax.ShapeDtypeStruct((*windows.shape[:-1], 3), np.float32)
+        return jax.pure_callback(lambda w: session.run(None, {"windows": np.asarray(w)})[0], result, windows)
+
+    assert_same(trained, patch, call)
+
+
+def test_onnx_without_its_converter_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'sscl_jax\[onnx\]'"):
+        export.export_network(network((16, 32)), tmp_path, "onnx")
