@@ -51,6 +51,7 @@ setup(
             "mypy>=2.4.1",
             "nbclient>=0.11.0",
             "pytest>=9.2.0",
+            "pytest-xdist>=3.8.0",
             "ruff>=0.17.6",
             "SimpleITK>=2.5.7",
         ],

@@ -12,6 +12,12 @@ if [int(part) for part in version("jaxlib").split(".")[:2]] < [0, 12]:
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *_FLAGS])
 
+# Each worker of pytest-xdist keeps to one core: XLA's threads, as many as it sees cores, wait busily for one another,
+# and two processes that do so on the same cores are slower together than one after the other.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER", "")) and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 import pytest  # noqa: E402
 
 

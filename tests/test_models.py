@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from sscl_jax.models import UNet
-from sscl_jax.models.unet import GroupNorm, Normalise, depth_to_space, max_pool
+from sscl_jax.models.unet import Conv, GroupNorm, Normalise, depth_to_space, max_pool
 
 
 @pytest.mark.parametrize(("shape", "level"), [((2, 16, 8, 1), 1), ((1, 8, 8, 16, 2), 2), ((1, 8, 8, 1), 0)])
@@ -40,6 +40,22 @@ def test_max_pool_equals_a_loop():
     for i, j, k in np.ndindex(2, 3, 4):
         block = x[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, 2 * k : 2 * k + 2]
         np.testing.assert_array_equal(got[:, i, j, k], block.max((1, 2, 3)))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 5, 3), (2, 4, 6, 5, 3), (1, 1, 6, 2, 1)])
+def test_convolution_equals_linens(shape):
+    ours, theirs = Conv(4), nn.Conv(4, (3,) * (len(shape) - 2), use_bias=False)
+    x = jax.random.normal(jax.random.key(0), shape)
+    params = ours.init(jax.random.key(1), x)
+    expected = theirs.init(jax.random.key(1), x)
+    np.testing.assert_array_equal(params["params"]["kernel"], expected["params"]["kernel"])
+    np.testing.assert_allclose(ours.apply(params, x), theirs.apply(params, x), rtol=1e-5, atol=1e-5)
+
+    def gradients(module):
+        return jax.grad(lambda p, x: jnp.sum(jnp.sin(module.apply(p, x))), argnums=(0, 1))(params, x)
+
+    for a, b in zip(jax.tree.leaves(gradients(ours)), jax.tree.leaves(gradients(theirs)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [2, 3])

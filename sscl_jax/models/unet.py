@@ -63,6 +63,40 @@ class Normalise(nn.Module):
         raise ValueError(f"model.norm={self.kind!r}: choose 'group' or 'batch'.")
 
 
+def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolution of stride 1 that keeps the size.
+
+    On CPU a 3-D one is written as 2-D: each slice is stacked with its two neighbours, as channels. That is the same
+    sum in a fifth of the time, since XLA has no fast 3-D convolution there.
+
+    Args:
+      x: (batch, *spatial, channels).
+      kernel: (3, ..., 3, channels, width), one 3 for each spatial axis.
+    """
+    if x.ndim == 5 and jax.default_backend() == "cpu":
+        depth, *plane, channels = x.shape[1:]
+        padded = jnp.pad(x, [(0, 0), (1, 1), (0, 0), (0, 0), (0, 0)])
+        stacked = jnp.concatenate([padded[:, i : i + depth] for i in range(3)], axis=-1)
+        flat_kernel = jnp.moveaxis(kernel, 0, 2).reshape(3, 3, 3 * channels, -1)
+        return convolve(stacked.reshape(-1, *plane, 3 * channels), flat_kernel).reshape(
+            -1, depth, *plane, kernel.shape[-1]
+        )
+    axes = "DHW"[5 - x.ndim :]
+    numbers = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
+    return jax.lax.conv_general_dilated(x, kernel, (1,) * len(axes), "SAME", dimension_numbers=numbers)
+
+
+class Conv(nn.Module):
+    """3 x 3 (x 3) convolution, as linen's without a bias."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (3,) * (x.ndim - 2) + (x.shape[-1], self.width)
+        return convolve(x, self.param("kernel", nn.initializers.lecun_normal(), shape))
+
+
 class ConvBlock(nn.Module):
     """Two 3 x 3 (x 3) convolutions, each followed by normalisation and a leaky ReLU."""
 
@@ -72,9 +106,8 @@ class ConvBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        kernel = (3,) * (x.ndim - 2)
         for _ in range(2):
-            x = nn.Conv(self.width, kernel, use_bias=False)(x)
+            x = Conv(self.width)(x)
             x = nn.leaky_relu(Normalise(self.norm, self.axis_name)(x, train))
         return x
 
