@@ -54,6 +54,8 @@ def _parse(argv: list[str]) -> list[str]:
     """Parses the flags; a config that is not there, or has no such field or method, ends in one line."""
     try:
         return flags.FLAGS(argv)
+    except SystemExit:  # absl has printed the help, and would leave with status 1
+        sys.exit(0)
     except (flags.Error, OSError, ImportError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         if any(line.startswith("Traceback") for line in lines):  # what a config file raised, in the middle of it
