@@ -40,6 +40,7 @@ CURVES = (
 )
 ROLES = ("labelled", "unlabelled", "val", "test")
 NETWORKS = ("teacher", "student")
+TERMS = ("contrast", "consistency", "pseudo_label")  # of the loss that use scans without labels
 WORST = 10  # cases listed; all others are a click away
 
 STYLE = """
@@ -48,7 +49,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 0 auto; p
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem; }
 .card { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; }
-.card b { display: block; font-size: 1.5rem; line-height: 1.3; } .card span { opacity: .75; }
+.card b { display: block; font-size: 1.3rem; line-height: 1.4; white-space: nowrap; } .card span { opacity: .75; }
 .verdict { border-left: .3rem solid var(--good); padding: .2rem .8rem; background: var(--soft); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: .2rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
@@ -145,9 +146,11 @@ def write_report(workdir: Path, others: Sequence[Path] = ()) -> Path:
 
 def _first_screen(run: Run) -> list[str]:
     cards = []
+    idle = not any(run.config[term]["weight"] for term in TERMS)
     for role in ROLES:
         counts = run.run["roles"][role]
-        cards.append((str(len(counts["patients"])), f"{role} patients ({counts['cases']} cases)"))
+        note = ", not used by this method" if role == "unlabelled" and idle else ""
+        cards.append((str(len(counts["patients"])), f"{role} patients ({counts['cases']} cases){note}"))
     for split, tables in run.cases.items():
         for network, rows in tables.items():
             spread = np.std(list(compare.case_means(rows, "dice").values()) or [math.nan])

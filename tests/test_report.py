@@ -10,7 +10,7 @@ import pytest
 from sscl_jax import evaluate, pictures, report
 
 
-def make_run(workdir, dice, classes=("x", "y"), split="val"):
+def make_run(workdir, dice, split="val", used="contrast"):
     """The folder of a training that has ended; `dice` is {(case, class): Dice, None where it does not count}."""
     workdir.mkdir(parents=True)
     with open(workdir / f"{split}_cases.csv", "w", newline="") as file:
@@ -33,6 +33,7 @@ def make_run(workdir, dice, classes=("x", "y"), split="val"):
     }  # fmt: skip
     (workdir / "run.json").write_text(json.dumps(facts))
     config = {"method": workdir.name, "seed": 0, "steps": 3, "data": {"labeled_patients": 2}}
+    config |= {term: {"weight": float(term == used)} for term in report.TERMS}
     (workdir / "config.json").write_text(json.dumps(config))
     return workdir
 
@@ -66,6 +67,14 @@ def test_figures_are_those_of_the_table(tmp_path):
     worst = re.search(r"Worst cases on val</h2>(.*?)</table>", page, re.S)[1]
     assert re.findall(r"<tr><td>(\w)</td>", worst) == ["c", "a", "b"]
     assert "y 0.0 (flagged)" in worst and "x 90.0" in worst and "y nan" not in worst
+
+
+def test_unlabelled_patients_that_a_method_does_not_use_are_called_so(tmp_path):
+    page = report.write_report(make_run(tmp_path / "supervised", DICE, used="")).read_text()
+    assert page.count("not used by this method") == 1 and "unlabelled patients (4 cases), not used by this" in page
+    for term in report.TERMS:
+        page = report.write_report(make_run(tmp_path / term, DICE, used=term)).read_text()
+        assert "unlabelled patients (4 cases)<" in page and "not used" not in page
 
 
 def test_every_case_is_listed(tmp_path):
