@@ -14,7 +14,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 
-COLOURS = ("#e6550d", "#31a354", "#3182bd", "#756bb1", "#e7298a", "#e6ab02", "#17becf", "#8c564b")
+COLOURS = (
+    "#e6550d", "#31a354", "#3182bd", "#756bb1", "#e7298a", "#e6ab02", "#17becf",
+    "#8c564b", "#99d8c9", "#08519c", "#fb9a99", "#bcbd22", "#67000d",
+)  # fmt: skip
 
 
 def write_overlays(
@@ -109,7 +112,7 @@ def _draw_case(path: Path, result: CaseResult, dataset: PreparedDataset, slices:
     figure.suptitle(f"{case.case_id}, {title}: Dice {dice}; voxels {spacing} mm", fontsize=9)
     handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=n) for i, n in enumerate(recipe.class_names[1:])]
     handles += [Line2D([], [], color="gray", ls=s, label=n) for s, n in (("-", "reference"), ("--", "prediction"))]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -165,7 +165,9 @@ def verdict(run: Run) -> str:
     """What the figures say, in words."""
     if not run.cases:
         done = max((int(row["step"]) for row in run.curves), default=0)
-        return f"Not measured: {done} of {run.config['steps']} steps are done, or there is no val case with a label."
+        if done < run.config["steps"]:
+            return f"Not measured yet: {done} of {run.config['steps']} steps are done."
+        return "Not measured: there is no val case with a label. Nothing is known of how good this network is."
     split = "test" if "test" in run.cases else "val"
     rows = run.cases[split]["teacher"]
     by_case, by_class = compare.case_means(rows, "dice"), compare.class_means(rows, "dice")

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib.image
 import numpy as np
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
@@ -152,6 +153,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
                 memory["unpredicted"] = unpredicted(memory["unpredicted"], wanted, predicted)
                 if main:
                     _tell_unpredicted(memory["unpredicted"], dataset.recipe.class_names, config.eval.select, done)
+                    log.images(pictures.write_overlays(workdir / "val_overlays", results, dataset), done)
                 old = memory["best"]
                 if old is None or np.isnan(old["dice"]) or dice > old["dice"]:  # NaN: nothing was there to find
                     memory["best"] = {"step": done, "dice": dice}
@@ -264,7 +266,7 @@ def _read(unread: list[tuple[int, Any]], pending: dict[str, tuple[float, float]]
 
 
 class Log:
-    """metrics.csv, TensorBoard events and a line on the terminal for each row."""
+    """metrics.csv, TensorBoard events and a line on the terminal for each row; pictures go to the events too."""
 
     def __init__(self, workdir: Path, start: int, main: bool):
         self.main = main
@@ -300,6 +302,12 @@ class Log:
             parts += [f"val Dice {row['val_dice']:.3f}"]
         parts += [f"{row['images_per_s']:.0f} images/s", f"{duration(left)} left"]
         print("  ".join(parts), flush=True)
+
+    def images(self, paths: Sequence[Path], step: int) -> None:
+        """Adds `best_CASE.png` and so on to the events, as val/best and so on."""
+        for path in paths:
+            picture = matplotlib.image.imread(path)
+            self.events.add_image(f"val/{path.stem.split('_')[0]}", picture, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flushes the events."""

@@ -107,7 +107,10 @@ def test_one_class_nothing_measured_and_nothing_there(tmp_path):
     assert "nothing to measure" in page and "n/a" in page
     going = make_run(tmp_path / "going", DICE)
     (going / "val_cases.csv").unlink()
-    assert "Not measured: 3 of 3 steps" in report.write_report(going).read_text()
+    assert "Not measured: there is no val case" in report.write_report(going).read_text()
+    config = json.loads((going / "config.json").read_text())
+    (going / "config.json").write_text(json.dumps(config | {"steps": 9}))
+    assert "Not measured yet: 3 of 9 steps are done" in report.write_report(going).read_text()
     many = {(case, f"organ {i}"): 0.05 * i + 0.1 for case in "ab" for i in range(13)}
     assert report.write_report(make_run(tmp_path / "many", many)).read_text().count("teacher, organ") == 13
     with pytest.raises(FileNotFoundError, match="no config.json: give the --workdir"):

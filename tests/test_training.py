@@ -109,7 +109,9 @@ def test_a_training_leaves_what_a_user_looks_at(trained):
     assert (workdir / "config.json").is_file() and (workdir / "val_cases.csv").is_file()
     assert list((workdir / "val_overlays").glob("*.png"))
     assert "Results on val" in (workdir / "report.html").read_text()
-    assert list((workdir / "tensorboard").glob("events*"))
+    (events,) = (workdir / "tensorboard").glob("events*")
+    content = events.read_bytes()
+    assert all(tag in content for tag in (b"val_dice", b"val/best", b"val/median", b"val/worst", b"PNG"))
     with open(workdir / "val_cases.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {(row["network"], row["class"]) for row in rows} == {
