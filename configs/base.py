@@ -93,7 +93,7 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.augment.flip = (False, False)  # axes along which anatomy may be mirrored
     config.augment.spread = 1.0  # 0: patches from the centre; 1: from the whole image
     config.augment.weak_contrast = 0.1  # weak view (teacher): factor within 1 / (1 + c) ... 1 + c
-    config.augment.weak_brightness = 0.1  # standard deviations of the image
+    config.augment.weak_brightness = 0.1  # deviation of an added constant; 1 is the body's (mr), half the window (ct)
     config.augment.weak_gamma = 0.1  # exponent within 1 / (1 + g) ... 1 + g
     config.augment.contrast = 0.5  # strong view (student), as weak_contrast
     config.augment.brightness = 0.3  # as weak_brightness
@@ -101,7 +101,7 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.augment.bias = 0.3  # standard deviation of the log of a smooth field
     config.augment.noise = 0.2  # greatest standard deviation, of the image's own
     config.augment.blur = 1.5  # greatest sigma, pixels
-    config.augment.cutmix_probability = 0.5  # of mixing an unlabelled image with its partner
+    config.augment.cutmix_probability = 0.5  # for each unlabelled image, of getting a box of its partner
     config.augment.cutmix_area = (0.1, 0.5)  # share of the patch
 
     config.eval = ConfigDict()
@@ -109,7 +109,7 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.eval.overlap = 0.1  # of neighbouring windows during training
     config.eval.final_overlap = 0.5  # of neighbouring windows in the final tables
     config.eval.select = "teacher"  # whom val measures during training, to decide which checkpoint is best
-    config.eval.largest_component = False  # keep but the largest part of the foreground and of each class in it
+    config.eval.largest_component = False  # keep only the largest part of the foreground, and of each class in it
     config.eval.test = False  # measure the test split at the end
 
     config.log_every = 50  # steps between rows of metrics.csv

@@ -11,7 +11,8 @@ from configs import base
 HEADER = """# Every field of a config
 
 Made from `configs/base.py` by `python -m configs.describe > docs/config.md`. On the command line a field is
-`--config.FIELD=VALUE`, for example `--config.data.labeled_patients=3`; a misspelt field is an error. The data sets'
+`--config.FIELD=VALUE`, for example `--config.data.labeled_patients=3`; a tuple stands in quotes,
+`--config.data.patch_size='(160, 160)'`; a misspelt field is an error. The data sets'
 own configs (`configs/acdc.py` and so on) change only what differs.
 
 | field | default | what it does |

@@ -1,4 +1,4 @@
-"""Hippocampus MRI of the Medical Segmentation Decathlon, in 3-D: 4 labelled volumes, 38 without labels.
+"""Hippocampus MRI of the Medical Segmentation Decathlon, in 3-D: 4 labelled volumes, the others without.
 
 python -m data_prep.msd --input=Task04_Hippocampus --output=data/hippocampus
 python -m sscl_jax.main --config=configs/msd_hippocampus.py --workdir=runs/hippocampus
@@ -12,7 +12,7 @@ from configs import base
 def get_config(method: str = "anatomical_pl") -> ConfigDict:
     """Patches of 32 x 48 x 32 at 1 mm, nearly the whole of a volume (35 x 50 x 35); sized for a CPU.
 
-    No flips: front and back are different labels, and all volumes show a hippocampus from the same side.
+    No flips: front and back are different labels.
     """
     config = base.get_config(method)
     config.data.path = "data/hippocampus"

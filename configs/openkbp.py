@@ -3,7 +3,8 @@
 python -m data_prep.msd --input=DIR --output=data/openkbp
 python -m sscl_jax.main --config=configs/openkbp.py --workdir=runs/openkbp
 
-DIR holds the scans as NIfTI in the layout of the Medical Segmentation Decathlon, with a `splits.json`.
+DIR holds scans that you converted to NIfTI (OpenKBP's own files are CSV; there is no command for that here), in the
+layout of the Medical Segmentation Decathlon, with a `splits.json`.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +13,7 @@ from configs import base
 
 
 def get_config(method: str = "anatomical_pl") -> ConfigDict:
-    """Patches of 48 x 48 x 48 at 3 x 4.7 x 4.7 mm (144 x 225 x 225 mm, the width of a head); sized for a CPU.
+    """Patches of 48 x 48 x 48 at 3 x 4.7 x 4.7 mm (144 x 225 x 225 mm, about a head with its neck); sized for a CPU.
 
     No flips, since the left and the right parotid are different labels. Patches come from nearer the centre than
     elsewhere, since half of a slice is the air around the patient.

@@ -19,7 +19,7 @@ def main() -> None:
     if sys.argv[1:2] in ([], ["-h"], ["--help"]):
         print("usage: sscl-prepare NAME ...   (sscl-prepare NAME --help tells the rest)\n")
         print("\n".join(f"  {name:8} {line}" for name, line in known.items()))
-        return
+        sys.exit(0 if sys.argv[1:] else 2)
     name = sys.argv.pop(1)
     if name not in known:
         sys.exit(f"error: no data set {name!r}: choose one of {', '.join(known)}.")

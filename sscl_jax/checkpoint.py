@@ -68,13 +68,31 @@ class Checkpoints:
         arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
         return self._manager.restore(step, args=arguments).meta
 
-    def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    def newest(self) -> tuple[int, dict[str, Any]] | None:
+        """Step and JSON values of the newest checkpoint that has readable ones; None if there is no checkpoint.
+
+        Raises:
+          OSError: there are checkpoints but none can be read.
+        """
+        found = self.steps()
+        for step in reversed(found):
+            try:
+                meta = self.meta(step)
+            except Exception:
+                continue
+            if "shapes" in meta:
+                return step, meta
+        self._refuse_if_any(found)
+        return None
+
+    def restore(self, target: TrainState, set_aside: bool = True) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint that can be read, as NumPy arrays, with its JSON values; None if there is none.
 
-        A damaged one is set aside as `damaged-STEP`, with a warning, and the one before it taken.
+        A damaged one is passed over with a warning, and the one before it taken.
 
         Args:
           target: a state of the wanted shapes.
+          set_aside: also rename a damaged one to `damaged-KIND-STEP`, so that a training can save that step anew.
 
         Raises:
           ValueError: the checkpoint is of another architecture or label set; the differences are listed.
@@ -86,7 +104,7 @@ class Checkpoints:
                 meta = self.meta(step)
                 shapes = meta["shapes"]
             except Exception as error:
-                self._set_aside(step, error)
+                self._pass_over(step, error, set_aside)
                 continue
             tree = _to_tree(target)
             _check_shapes(shapes, _shapes(tree), self.folder / str(step))
@@ -96,24 +114,28 @@ class Checkpoints:
                 if _digest(restored) != meta["digest"]:  # Orbax itself does not notice a flipped bit
                     raise ValueError("its content is not what was saved")
             except Exception as error:
-                self._set_aside(step, error)
+                self._pass_over(step, error, set_aside)
                 continue
             return flax.serialization.from_state_dict(target, restored), meta
+        self._refuse_if_any(found)
+        return None
+
+    def _refuse_if_any(self, found: list[int]) -> None:
         if found:
             raise OSError(
                 f"{self.folder}: none of the checkpoints {found} can be read. Delete the folder to start anew."
             )
-        return None
 
-    def _set_aside(self, step: int, error: Exception) -> None:
+    def _pass_over(self, step: int, error: Exception, set_aside: bool) -> None:
         aside = self.folder.parent / f"damaged-{self.folder.name}-{step}"
+        told = f"; it is set aside as {aside.name}" if set_aside else ""
         warnings.warn(
-            f"{self.folder / str(step)} cannot be read ({_first_line(error)}); it is set aside as {aside.name} "
-            "and the one before it is used.",
+            f"{self.folder / str(step)} cannot be read ({_first_line(error)}){told}; the one before it is used.",
             stacklevel=3,
         )
-        os.replace(self.folder / str(step), aside)
-        self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+        if set_aside:
+            os.replace(self.folder / str(step), aside)
+            self._manager = ocp.CheckpointManager(self.folder, options=self._options)
 
 
 def _to_tree(state: TrainState) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class Pixels(NamedTuple):
     Attributes:
       anatomy: class of each pixel: the true label, or the teacher's pseudo-label.
       confidence: in [0, 1], how sure that class is.
-      cell: cell of the R x R (x R) grid in which the pixel lies, in the image's own coordinates.
+      cell: cell of the R x R grid in which the pixel lies, in the image's own coordinates.
       partition: part of the volume, along its slices, in which the pixel lies.
       inside: False for padding.
     """

@@ -101,7 +101,7 @@ class CaseResult(NamedTuple):
       prediction: (X, Y, Z) uint8, classes on the native grid.
       metrics: compared with the native label, in mm.
       sure: voxels of the foreground (of prediction or label), how many of them would give a pseudo-label, and for how
-        many of those it would be right.
+        many of those it would be right; before any part is left out as not the largest.
     """
 
     case: Case
@@ -166,12 +166,13 @@ def evaluate_cases(
     results = []
     for case in cases:
         image, label = dataset.image(case.index), dataset.native_label(case.index)
-        prediction, confidence = segment(predict, variables, image, case.grid, dataset.recipe, largest_component)
-        measured = metrics.case_metrics(prediction, label, dataset.num_classes, case.grid.native_spacing)
-        foreground = (prediction > 0) | (label > 0)
+        classes, confidence = segment(predict, variables, image, case.grid, dataset.recipe, largest_component=False)
+        foreground = (classes > 0) | (label > 0)
         sure = foreground & (confidence >= threshold)
-        right = sure & (prediction == label)
+        right = sure & (classes == label)
         counts = (int(foreground.sum()), int(sure.sum()), int(right.sum()))
+        prediction = keep_largest_component(classes) if largest_component else classes
+        measured = metrics.case_metrics(prediction, label, dataset.num_classes, case.grid.native_spacing)
         results.append(CaseResult(case, prediction, measured, counts))
     return results
 
@@ -236,8 +237,8 @@ def write_case_table(
 def mask_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Path]]:
     """(case id, prediction, reference) of two folders, paired by relative path.
 
-    A reference may carry `_gt`, `_label` or `_seg` behind the scan's name, and only references need a partner: a
-    prediction without a reference is an error too, since it would silently not count.
+    A reference may carry `_gt`, `_label` or `_seg` behind the scan's name. Every reference needs a prediction, and
+    every prediction a reference, since it would silently not count; scans that lie beside references are passed over.
 
     Raises:
       FileNotFoundError: a folder is missing or empty, or files lack a partner; names them.

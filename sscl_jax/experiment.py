@@ -279,13 +279,13 @@ def load_networks(workdir: Path, kind: str = "best") -> dict[str, Network]:
         if not (folder / each).is_dir():
             continue
         checkpoints = Checkpoints(Path(workdir), each)
-        if not checkpoints.steps():
+        if (newest := checkpoints.newest()) is None:
             continue
-        meta = checkpoints.meta(checkpoints.steps()[-1])
+        meta = newest[1]
         config = ConfigDict(meta["config"])
         recipe = Recipe.from_dict(meta["recipe"])
         num_classes = len(recipe.label_values)
-        restored = checkpoints.restore(empty_state(config, num_classes, meta["channels"]))
+        restored = checkpoints.restore(empty_state(config, num_classes, meta["channels"]), set_aside=False)
         assert restored is not None
         state, meta = restored
         model, path = make_model(config, num_classes), checkpoints.folder / str(int(state.step))

@@ -5,10 +5,13 @@
 `model.stablehlo` runs wherever JAX does, whatever the device: `jax.export.deserialize(bytes).call(windows)`.
 `model.onnx` (`pip install '.[onnx]'`) runs under ONNX Runtime and the like. Either maps windows (n, *patch, channels)
 float32 to probabilities (n, *patch, classes), for any n. `model.json` beside it tells what belongs around it:
-preprocessing, window, label values.
+preprocessing, window and overlap, label values. Export a 3-D network on the kind of device that it will run on: the
+result is the same elsewhere, but slower.
 """
 
 import json
+import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,26 +40,36 @@ def export_network(network: experiment.Network, output: Path, form: str = "stabl
 
     Raises:
       ModuleNotFoundError: ONNX is asked for and its converter is not installed.
+      ValueError: the folder has another network.
+      OSError: nothing can be written there.
     """
     patch, channels = tuple(network.config.data.patch_size), network.meta["channels"]
 
     def probabilities(windows: jax.Array) -> jax.Array:
         return jax.nn.softmax(network.model.apply(network.variables, windows)[0])
 
-    content = {"stablehlo": _stablehlo, "onnx": _onnx}[form](probabilities, patch, channels)
     facts = {
         "input": {"name": "windows", "shape": ["n", *patch, channels], "dtype": "float32"},
         "output": {"name": "probabilities", "shape": ["n", *patch, network.model.num_classes], "dtype": "float32"},
         "recipe": network.recipe.to_dict(),
+        "overlap": network.config.eval.final_overlap,
         "largest_component": network.config.eval.largest_component,
         "network": network.name,
         "checkpoint": str(network.path),
         "method": network.config.method,
     }
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "model.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    path = output / f"model.{form}"
-    path.write_bytes(content)
+    cli.make_folder(output, "--output")
+    told, path = output / "model.json", output / f"model.{form}"
+    text = json.dumps(facts, indent=1)
+    if told.is_file() and told.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{told} is of another network: choose another --output.")
+    part = path.with_name(f"{path.name}.part")  # never half a model under its name
+    try:
+        part.write_bytes({"stablehlo": _stablehlo, "onnx": _onnx}[form](probabilities, patch, channels))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    told.write_text(text, encoding="utf-8")
     return path
 
 
@@ -67,6 +80,8 @@ def _stablehlo(function: Callable[[jax.Array], jax.Array], patch: tuple[int, ...
 
 
 def _onnx(function: Callable[[jax.Array], jax.Array], patch: tuple[int, ...], channels: int) -> bytes:
+    for name in ("jax2onnx", "onnx_ir"):  # what they tell by the hundred is of no use here
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         from jax2onnx import to_onnx
     except ModuleNotFoundError as error:
@@ -87,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser, argv)
     try:
         network = experiment.load_networks(args.checkpoint, args.kind)[args.network]
-        print(export_network(network, args.output, args.format))
+        print(f"{network.path}, {network.name}: {export_network(network, args.output, args.format)}")
     except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sscl_jax import parallel
+from sscl_jax import cli, parallel
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with the method behind a colon.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs, tables and pictures.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan (data, steps, memory, time) and stop; writes nothing.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes that jax finds itself, as on a TPU pod.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0, where jax cannot find it itself.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes, with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Number of this process, with --coordinator.")
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unknown argument {argv[1]!r}: flags start with --; see --help.")
     logging.set_verbosity(logging.WARNING)  # jax and Orbax tell every step of their work at INFO
     try:
-        parallel.initialise_hosts(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        parallel.initialise_hosts(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value)
         from sscl_jax import plan, train  # the devices are known from here on
 
         assert _WORKDIR.value  # required
@@ -42,6 +43,10 @@ def main(argv: list[str]) -> None:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         remedy = ": free some, then run the same command again, it goes on from the last checkpoint" if full else ""
         sys.exit(f"error: {' '.join(str(error).split())}{remedy}")
+    except KeyboardInterrupt:  # not while it trains: then it saves
+        print("stopped", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(130)  # XLA can crash when Python tidies up while it compiles
 
 
 def run() -> None:
@@ -53,9 +58,9 @@ def run() -> None:
 def _parse(argv: list[str]) -> list[str]:
     """Parses the flags; a config that is not there, or has no such field or method, ends in one line."""
     try:
-        return flags.FLAGS(argv)
-    except SystemExit:  # absl has printed the help, and would leave with status 1
-        sys.exit(0)
+        return flags.FLAGS(cli.underscored(argv))
+    except SystemExit as stop:  # absl leaves with status 1 when it has printed the help
+        sys.exit(0 if any(re.match("--?help", word) for word in argv) else stop.code or 1)
     except (flags.Error, OSError, ImportError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         if any(line.startswith("Traceback") for line in lines):  # what a config file raised, in the middle of it

@@ -3,6 +3,7 @@
 Written at the end of every training, from what `report.read_run` reads.
 """
 
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from sscl_jax import compare, report
 
 CARD = """# {dataset}: {method}, {labelled} labelled patients
 
-A U-Net ({rank}-D, widths {widths}) that segments {classes}. {verdict}
+A U-Net ({rank}-D, widths {widths}) that segments {classes}; of student and teacher, `predict` takes the teacher.
+{verdict}
 
 For research; not a medical device.
 
@@ -24,14 +26,14 @@ python -m sscl_jax.predict --checkpoint={workdir} --input=SCANS --output=MASKS
 
 Input: {modality}, {channels} channel(s). Preprocessing is in the checkpoint and done by the command: orientation
 {orientation}, voxels resampled to {spacing} mm (slices, rows, columns; None: as they are), {intensity}.
-Masks hold the values {values}.
+{largest}Masks hold the values {values}.
 
-## Trained on
+## Patients
 
 {roles}
 
 Data set `{dataset}`, fingerprint `{fingerprint}`. The patients by name are in `report.html`. Method `{method}`,
-{steps} steps, seed {seed}; the config is in `config.json`.
+{steps} steps, seed {seed}, measured at step {step}; the config is in `config.json`.
 
 ## Measured
 
@@ -44,7 +46,7 @@ other labelled patients would move these figures. Measure it on labelled scans o
 
 ## Made with
 
-{versions}; {hardware}; {minutes:.0f} minutes of training.
+{versions}; {hardware}; {minutes:.1f} minutes of training.
 """
 
 
@@ -57,16 +59,19 @@ def write_card(workdir: Path) -> Path:
         "ct": f"intensities clipped to {recipe['window']} HU, then scaled to [-1, 1]",
     }
     parts = facts["roles"]
-    roles = [[role, len(parts[role]["patients"]), parts[role]["cases"], parts[role]["slices"]] for role in report.ROLES]
+    names = {role: role for role in report.ROLES}
+    if not report.uses_unlabeled(run):
+        names["unlabelled"] += ", not used by this method"
+    roles = [[n, len(parts[r]["patients"]), parts[r]["cases"], parts[r]["slices"]] for r, n in names.items()]
     text = CARD.format(
         dataset=facts["dataset"],
         method=config["method"],
-        labelled=config["data"]["labeled_patients"],
+        labelled=len(parts["labelled"]["patients"]),
         rank=len(config["data"]["patch_size"]),
         widths=", ".join(map(str, config["model"]["widths"])),
         classes=", ".join(recipe["class_names"][1:]),
         verdict=report.verdict(run),
-        workdir=workdir,
+        workdir=shlex.quote(str(workdir)),
         modality=recipe["intensity"].upper(),
         channels=facts["channels"],
         orientation=recipe["orientation"],
@@ -75,10 +80,13 @@ def write_card(workdir: Path) -> Path:
         values=", ".join(
             f"{value} ({name})" for value, name in zip(recipe["label_values"], recipe["class_names"], strict=True)
         ),
+        largest="Only the largest part of the foreground, and of each class in it, is kept. "
+        * config["eval"]["largest_component"],
         roles=_table(["part", "patients", "cases", "slices"], roles),
         fingerprint=facts["fingerprint"],
         steps=config["steps"],
         seed=config["seed"],
+        step=facts["checkpoint"],
         measured="\n\n".join(_results(split, tables) for split, tables in run.cases.items())
         or "Nothing: no val cases.",
         versions=", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
@@ -94,13 +102,18 @@ def _results(split: str, tables: dict[str, compare.Rows]) -> str:
     lines = []
     for network, rows in tables.items():
         dice, distance = compare.counted(rows, "dice", 1), compare.counted(rows, "hd95_mm", 1)
-        for name, values in dice.items():
-            cells = [f"{100 * np.mean(values):.1f} ± {100 * np.std(values):.1f}", f"{np.mean(distance[name]):.1f}"]
-            lines.append([network, name, *cells, len(values)])
-    note = "By case on the scan's own grid, mean ± standard deviation over the n cases that hold the class."
-    return f"On {split}:\n\n{_table(['network', 'class', 'Dice %', 'HD95 mm', 'n'], lines)}\n\n{note}"
+        for name in dict.fromkeys(c for _, c in rows):
+            values = dice.get(name, [])
+            cells = ["n/a", "n/a"]
+            if values:
+                cells = [f"{100 * np.mean(values):.1f} ± {100 * np.std(values):.1f}", f"{np.mean(distance[name]):.1f}"]
+            flagged = sum(row["flagged"] for (_, c), row in rows.items() if c == name)
+            lines.append([network, name, *cells, len(values), f"{flagged:.0f}"])
+    table = _table(["network", "class", "Dice %", "HD95 mm", "n", "flagged"], lines)
+    return f"On {split}:\n\n{table}\n\n{report.NOTE}"
 
 
 def _table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    cells = ([str(cell).replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

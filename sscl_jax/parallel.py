@@ -1,6 +1,8 @@
 """Devices and hosts. The only file that says pmap."""
 
 import os
+import resource
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +12,18 @@ import numpy as np
 AXIS = "devices"
 
 
-def initialise_hosts(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
+def initialise_hosts(
+    coordinator: str = "", num_processes: int = 0, process_id: int = -1, distributed: bool = False
+) -> None:
     """Joins the processes of a training, when there are several.
 
-    Without arguments jax finds the others itself on a TPU pod, under SLURM and under Open MPI.
+    Without arguments jax finds the others itself under SLURM and Open MPI.
 
     Args:
       coordinator: `host:port` of process 0, where jax cannot find it.
       num_processes: number of processes, with `coordinator`.
       process_id: number of this process, with `coordinator`.
+      distributed: let jax find the others itself wherever it can, as on a slice of a TPU pod.
     """
     if coordinator:
         if num_processes < 1 or not 0 <= process_id < num_processes:
@@ -30,13 +35,18 @@ def initialise_hosts(coordinator: str = "", num_processes: int = 0, process_id: 
         return
     several = int(os.environ.get("SLURM_NTASKS", os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))) > 1
     pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if several or pod:
+    if several or pod or distributed:
         jax.distributed.initialize()
 
 
 def is_main_process() -> bool:
     """Whether this process writes the logs."""
     return jax.process_index() == 0
+
+
+def peak_memory() -> float:
+    """Greatest memory of this process so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def local_slice(global_batch: int) -> slice:

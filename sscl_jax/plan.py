@@ -3,7 +3,7 @@
 python -m sscl_jax.main --config=configs/acdc.py --workdir=runs/acdc --dry_run
 """
 
-import resource
+import os
 import statistics
 import time
 from pathlib import Path
@@ -29,13 +29,19 @@ def show_plan(config: ConfigDict, workdir: Path) -> None:
       ValueError, FileNotFoundError, OSError: as `train.train` would.
     """
     config, dataset, roles = train.open_data(config)
+    place = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise OSError(f"--workdir={workdir} cannot be written: choose another folder.")
     start = 0
-    if (workdir / "checkpoints" / "last").is_dir():
-        last = Checkpoints(workdir, "last")
-        start = max(last.steps(), default=0)
-        if start:
-            experiment.check_same_training(config, last.meta(start), dataset.fingerprint, workdir)
-    train.describe(config, dataset, roles, classes_held(dataset, roles.labeled + roles.val), start)
+    if (workdir / "checkpoints" / "last").is_dir() and (newest := Checkpoints(workdir, "last").newest()):
+        start, meta = newest
+        experiment.check_same_training(config, meta, dataset.fingerprint, workdir)
+    tell = print if parallel.is_main_process() else lambda *_: None
+    if parallel.is_main_process():
+        train.describe(config, dataset, roles, classes_held(dataset, roles.labeled + roles.val), start)
+    if start >= config.steps:
+        tell(f"dry run: this training has ended; the same command measures it again in {workdir}")
+        return
 
     state = parallel.replicate(experiment.make_state(config, dataset.num_classes, dataset.channels))
     step_fn, batches = experiment.make_step(config, dataset.num_classes), train.Batches(config, dataset, roles)
@@ -47,10 +53,8 @@ def show_plan(config: ConfigDict, workdir: Path) -> None:
         seconds.append(time.monotonic() - mark)
     first, typical = seconds[0], statistics.median(seconds[1:])
     left, speed = config.steps - start, train.images_of_step(config) / typical
-    print(
-        f"  a step takes {typical:.2f} s ({speed:.0f} images/s), the first {first:.0f} s: {left} steps take about "
-        f"{train.duration(first + left * typical)}"
-    )
+    total = first + (left - 1) * typical
+    tell(f"  a step takes {typical:.2f} s ({speed:.0f} images/s), the first {first:.0f} s; {left} steps are left")
     if roles.val:
         model = experiment.make_model(config, dataset.num_classes)
         predict = evaluate.make_predictor(model, tuple(config.data.patch_size), config.eval.overlap)
@@ -60,8 +64,10 @@ def show_plan(config: ConfigDict, workdir: Path) -> None:
             evaluate.evaluate_cases(predict, variables, dataset, roles.val[:1], config.eval.largest_component)
         once = (time.monotonic() - mark) * len(roles.val)
         times = -(-config.steps // config.eval.every) - start // config.eval.every
-        print(f"  an evaluation takes about {train.duration(once)}: {times} on the way, then the final tables")
-    print(f"  memory: {_memory()}\ndry run: nothing was written to {workdir}")
+        total += times * once
+        tell(f"  an evaluation takes about {train.duration(once)}; {times} are left, then the final tables")
+    tell(f"  in all about {train.duration(total)}, without the final tables; memory {_memory()}")
+    tell(f"dry run: nothing was written to {workdir}")
 
 
 def _memory() -> str:
@@ -70,4 +76,4 @@ def _memory() -> str:
     if "peak_bytes_in_use" in stats:
         limit = f" of {stats['bytes_limit'] / 2**30:.1f}" if "bytes_limit" in stats else ""
         return f"{stats['peak_bytes_in_use'] / 2**30:.2f}{limit} GiB on each device"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
+    return f"{parallel.peak_memory():.2f} GiB"

@@ -6,8 +6,8 @@ A scan is a NIfTI, NRRD or MetaImage file, or a folder with the slices of one DI
 several channels, they are the fourth axis of a file, or files named as in nnU-Net: `p1_0000.nii.gz`, `p1_0001.nii.gz`,
 ... (or folders `p1_0000`, ... with a DICOM series each) are the scan `p1`.
 
-A mask has the name, geometry and label values of its scan; it is NIfTI, whatever the scan is. Exit status 1 if any scan
-could not be segmented.
+A mask has the name and geometry of its scan, and the label values trained on; it is NIfTI, whatever the scan is. Exit
+status 1 if any scan could not be segmented.
 """
 
 import functools

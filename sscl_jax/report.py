@@ -41,6 +41,10 @@ CURVES = (
 ROLES = ("labelled", "unlabelled", "val", "test")
 NETWORKS = ("teacher", "student")
 TERMS = ("contrast", "consistency", "pseudo_label")  # of the loss that use scans without labels
+NOTE = (
+    "Mean ± standard deviation over the n cases in which the class is in reference or prediction. Flagged: in one of "
+    "them only, scored as Dice 0 and distance = image diagonal. On the scans' own grid."
+)
 WORST = 10  # cases listed; all others are a click away
 
 STYLE = """
@@ -128,7 +132,7 @@ def write_report(workdir: Path, others: Sequence[Path] = ()) -> Path:
     """
     run = read_run(workdir)
     name, method = run.run["dataset"], run.config["method"]
-    parts = [f"<h1>{_text(name)}: {_text(method)}, {run.config['data']['labeled_patients']} labelled patients</h1>"]
+    parts = [f"<h1>{_text(name)}: {_text(method)}, {_labelled(run)} labelled patients</h1>"]
     parts += _first_screen(run)
     parts += _comparison(run, [read_run(other) for other in others])
     for split in run.cases:
@@ -146,10 +150,9 @@ def write_report(workdir: Path, others: Sequence[Path] = ()) -> Path:
 
 def _first_screen(run: Run) -> list[str]:
     cards = []
-    idle = not any(run.config[term]["weight"] for term in TERMS)
     for role in ROLES:
         counts = run.run["roles"][role]
-        note = ", not used by this method" if role == "unlabelled" and idle else ""
+        note = ", not used by this method" if role == "unlabelled" and not uses_unlabeled(run) else ""
         cards.append((str(len(counts["patients"])), f"{role} patients ({counts['cases']} cases){note}"))
     for split, tables in run.cases.items():
         for network, rows in tables.items():
@@ -159,6 +162,15 @@ def _first_screen(run: Run) -> list[str]:
             cards.append((value, f"Dice of the {network} on {split}; HD95 {distance:.1f} mm"))
     text = "".join(f'<div class="card"><b>{value}</b><span>{_text(name)}</span></div>' for value, name in cards)
     return [f'<p class="verdict">{_text(verdict(run))}</p>', f'<div class="cards">{text}</div>']
+
+
+def uses_unlabeled(run: Run) -> bool:
+    """Whether a term of the loss uses scans without labels."""
+    return any(run.config[term]["weight"] for term in TERMS)
+
+
+def _labelled(run: Run) -> int:
+    return len(run.run["roles"]["labelled"]["patients"])
 
 
 def verdict(run: Run) -> str:
@@ -198,7 +210,7 @@ def _comparison(run: Run, others: Sequence[Run]) -> list[str]:
             if split not in other.cases:
                 raise ValueError(f"{other.workdir} has no table of {split}: let the training end.")
             rows = other.cases[split]["teacher"]
-            cells: list[object] = [other.workdir, other.config["method"], other.config["data"]["labeled_patients"]]
+            cells: list[object] = [other.workdir, other.config["method"], _labelled(other)]
             cells += [other.config["seed"], f"{100 * compare.class_mean(rows, 'dice'):.2f}"]
             cells.append(f"{compare.class_mean(rows, 'hd95_mm'):.2f}")
             if other is not run:
@@ -256,12 +268,8 @@ def _class_table(tables: dict[str, compare.Rows]) -> str:
                 cells.append(f"{values.mean():.2f} ± {values.std():.2f}" if values.size else "n/a")
             flagged = sum(row["flagged"] for (_, c), row in rows.items() if c == name)
             lines.append([*cells, str(values.size), f"{flagged:.0f}"])
-    note = (
-        "Mean ± standard deviation over the n cases in which the class is in reference or prediction. Flagged: in one "
-        "of them only, scored as Dice 0 and distance = image diagonal. On the scans' own grid."
-    )
     header = ["class", "Dice %", "Jaccard %", "HD95 mm", "ASSD mm", "n", "flagged"]
-    return _table(header, lines) + f'<p class="note">{note}</p>'
+    return _table(header, lines) + f'<p class="note">{NOTE}</p>'
 
 
 def _strip_plot(rows: compare.Rows, split: str) -> str:

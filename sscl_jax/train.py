@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
+import shutil
 import signal
 import sys
 import time
@@ -23,6 +23,7 @@ from tensorboardX import SummaryWriter
 
 from sscl_jax import evaluate, experiment, metrics, model_card, parallel, pictures, report
 from sscl_jax.checkpoint import Checkpoints
+from sscl_jax.cli import make_folder
 from sscl_jax.data.prepared import PreparedDataset, open_prepared
 from sscl_jax.data.sampling import (
     Pool,
@@ -72,10 +73,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
     """
     config, dataset, roles = open_data(config)
     held = classes_held(dataset, roles.labeled + roles.val)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"--workdir={workdir} cannot be written ({error.strerror}): choose another folder.") from error
+    make_folder(workdir, "--workdir")
 
     # The state: restored, or new.
     last, best = Checkpoints(workdir, "last"), Checkpoints(workdir, "best")
@@ -98,6 +96,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
     main = parallel.is_main_process()
     if main:
         describe(config, dataset, roles, held, start)
+        if not start:  # what an earlier training left would be taken for this one's
+            for old in (p for split in ("val", "test") for p in workdir.glob(f"{split}_*")):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
         (workdir / "config.json").write_text(json.dumps(meta["config"], indent=1), encoding="utf-8")
         (workdir / "run.json").write_text(json.dumps(_facts(dataset, roles), indent=1), encoding="utf-8")
     log = Log(workdir, start, main)
@@ -146,9 +147,11 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
                 summary = metrics.summarise([r.metrics for r in results])
                 dice = summary.overall_mean["dice"]
                 row = {"val_dice": dice, "val_hd95_mm": summary.overall_mean["hd95"]}
-                if experiment.uses_unlabeled(config):
+                if config.pseudo_label.weight > 0 and config.eval.select == "teacher":
                     foreground, sure, right = np.sum([r.sure for r in results], axis=0)
-                    row |= {"val_pl_coverage": sure / max(foreground, 1), "val_pl_accuracy": right / max(sure, 1)}
+                    row["val_pl_coverage"] = sure / max(foreground, 1)
+                    if sure:
+                        row["val_pl_accuracy"] = right / sure
                 predicted = set().union(*(np.unique(r.prediction).tolist() for r in results))
                 memory["unpredicted"] = unpredicted(memory["unpredicted"], wanted, predicted)
                 if main:
@@ -445,7 +448,7 @@ def _final_tables(
             if network.name == config.eval.select:
                 pictures.write_features(workdir / f"{split}_features.png", x, y, dataset.recipe.class_names)
     if parallel.is_main_process():
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        peak = parallel.peak_memory()
         facts |= {"seconds": seconds, "peak_memory_gib": peak, "checkpoint": networks[0].path.name}
         (workdir / "run.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
         page = report.write_report(workdir)

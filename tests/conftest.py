@@ -21,6 +21,11 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER", "")) and hasattr(os, "sched_
 import pytest  # noqa: E402
 
 
+def pytest_xdist_auto_num_workers(config):
+    """As many workers as there are cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
 @pytest.fixture(scope="session")
 def phantom_scans(tmp_path_factory):
     """Raw phantoms in ACDC's layout: 4 training patients, 1 val, 1 test."""

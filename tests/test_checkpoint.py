@@ -117,9 +117,24 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(saved, dam
     assert_same(checkpoints.restore(make_state())[0], make_state(3))
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot be read.*; the one before it is used")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_reading_without_training_changes_no_file(saved, damage):
+    damage(saved / "checkpoints" / "last" / "3")
+    before = {p: p.read_bytes() for p in sorted(saved.rglob("*")) if p.is_file()}
+    checkpoints = Checkpoints(saved, "last")
+    step, meta = checkpoints.newest()
+    assert meta["note"] == f"step {step}"
+    assert_same(checkpoints.restore(make_state(), set_aside=False)[0], make_state(2))
+    assert {p: p.read_bytes() for p in sorted(saved.rglob("*")) if p.is_file()} == before
+
+
 def test_all_damaged_is_an_error_that_names_the_remedy(saved):
     for step in (2, 3):
         damage_no_meta(saved / "checkpoints" / "last" / str(step))
+    with pytest.raises(OSError, match=r"none of .*\[2, 3\].*Delete the folder"):
+        Checkpoints(saved, "last").newest()
     with pytest.warns(UserWarning), pytest.raises(OSError, match=r"none of .*\[2, 3\].*Delete the folder"):
         Checkpoints(saved, "last").restore(make_state())
 

@@ -22,8 +22,12 @@ def test_hyphens_in_options_are_underscores_but_not_in_values():
 
 
 def test_all_data_sets_are_listed_with_what_they_are(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["sscl-prepare"])
-    prepare.main()
+    for argv, status in ((["sscl-prepare", "--help"], 0), (["sscl-prepare"], 2)):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as stop:
+            prepare.main()
+        assert stop.value.code == status
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     files = {p.stem for p in Path(data_prep.__file__).parent.glob("*.py")} - {"__init__", "__main__", "common"}
     assert {line[0] for line in lines} == files

@@ -13,10 +13,10 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 
 def test_the_table_of_fields_is_that_of_the_config():
+    assert all(said for *_, said in describe.fields()), "every field has a comment"
     page = (ROOT / "docs/config.md").read_text(encoding="utf-8")
     assert page == describe.page(), "run: python -m configs.describe > docs/config.md"
     assert {name for name, *_ in describe.fields()} == set(experiment.flat_config(base.get_config()))
-    assert all(said for *_, said in describe.fields()), "every field has a comment"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -32,7 +32,7 @@ def test_commands_name_modules_configs_and_methods_that_exist(path):
         place = ROOT / module.replace(".", "/")
         assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), module
     for config, method in re.findall(r"(configs/\w+\.py)(?::(\w+))?", text):
-        assert (ROOT / config).is_file(), config
+        assert (ROOT / config).is_file() or config == "configs/mine.py", config  # one of the reader's own
         assert method in ("", "METHOD", *base.METHODS), method
     for field in re.findall(r"--config\.([a-z_.]+)=", text):
         assert field in experiment.flat_config(base.get_config()), field

@@ -56,11 +56,11 @@ def test_pseudo_labels_by_hand():
     case = SimpleNamespace(index=0, grid=make_grid(label.shape, np.eye(4), recipe))
     data = SimpleNamespace(image=lambda _: probs, native_label=lambda _: label, num_classes=2, recipe=recipe)
 
-    def sure(threshold):
-        (result,) = evaluate.evaluate_cases(lambda _, image: image, None, data, [case], False, threshold)
+    def sure(threshold, largest=False):
+        (result,) = evaluate.evaluate_cases(lambda _, image: image, None, data, [case], largest, threshold)
         return result.sure
 
-    assert sure(0.0) == (4, 4, 2)
+    assert sure(0.0) == (4, 4, 2) == sure(0.0, largest=True)
     assert sure(0.8) == (4, 3, 1)  # 0.6 is too little; of 0.9, 0.9 and 0.95 one is right
     assert sure(0.93) == (4, 1, 0)
 

@@ -1,7 +1,7 @@
 """An exported network gives the same masks, without sscl_jax."""
 
+import dataclasses
 import json
-import logging
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,7 +70,6 @@ def test_what_belongs_around_the_model_is_told(tmp_path):
 def test_onnx_gives_the_same_mask(patch, tmp_path, monkeypatch):
     pytest.importorskip("jax2onnx", reason="the extra 'onnx' is not installed")
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)
     trained = network(patch)
     session = onnxruntime.InferenceSession(export.export_network(trained, tmp_path, "onnx").read_bytes())
 
@@ -79,6 +78,32 @@ def test_onnx_gives_the_same_mask(patch, tmp_path, monkeypatch):
 
     monkeypatch.setattr(jax, "jit", lambda function: function)  # nothing of ONNX can be traced
     assert_same(trained, patch, call)
+
+
+def test_another_network_or_half_a_one_is_never_left_there(tmp_path, monkeypatch):
+    trained = network((16, 32))
+    export.export_network(trained, tmp_path)
+    before = export.export_network(trained, tmp_path).read_bytes()  # the same again: nothing to lose
+    with pytest.raises(ValueError, match="model.json is of another network: choose another --output"):
+        export.export_network(dataclasses.replace(trained, name="student"), tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        export.export_network(trained, tmp_path / "other")
+    assert list((tmp_path / "other").iterdir()) == []
+    assert (tmp_path / "model.stablehlo").read_bytes() == before
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(experiment, "load_networks", lambda *_: {"teacher": network((16, 32))})
+    export.main(["--checkpoint=run", f"--output={tmp_path / 'out'}"])
+    assert capsys.readouterr().out == f"best/7, teacher: {tmp_path / 'out' / 'model.stablehlo'}\n"
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"error: --output=.*file cannot be written .*: choose another folder"):
+        export.main(["--checkpoint=run", f"--output={tmp_path / 'file'}"])
 
 
 def test_onnx_without_its_converter_is_one_line(tmp_path, monkeypatch):

@@ -69,21 +69,39 @@ def test_the_plan_tells_what_a_training_would_do_and_writes_nothing(tiny_config,
     plan.show_plan(config, tmp_path / "run")
     told = capsys.readouterr().out
     assert "labelled    2 patients, 4 cases" in told and "in 4 of 4 labelled cases" in told
-    assert re.search(r"a step takes [\d.]+ s \(\d+ images/s\).*: 120 steps take about", told)
-    assert "3 on the way, then the final tables" in told and "GiB" in told
+    assert re.search(r"a step takes [\d.]+ s \(\d+ images/s\), the first \d+ s; 120 steps are left", told)
+    assert "; 3 are left, then the final tables" in told and re.search(r"in all about .*; memory [\d.]+ GiB", told)
     assert "goes on from" not in told and list(tmp_path.iterdir()) == []
 
 
 def test_the_plan_of_a_training_that_was_stopped(trained, tiny_config, tmp_path, capsys):
     workdir, _ = trained
-    shutil.copytree(workdir, tmp_path / "run")
-    before = {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()}
-    plan.show_plan(tiny_config(), tmp_path / "run")
+    run = tmp_path / "run"
+    shutil.copytree(workdir, run)
+    shutil.rmtree(run / "checkpoints" / "last" / "120")
+    (before,) = Checkpoints(run, "last").steps()
+    assert 80 <= before < 120
+    files = {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()}
+    plan.show_plan(tiny_config(), run)
     told = capsys.readouterr().out
-    assert "goes on from step 120" in told and " 0 steps take about" in told and ": 0 on the way" in told
-    assert {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()} == before
+    assert f"goes on from step {before}" in told and f"; {120 - before} steps are left" in told
+    assert "; 1 are left, then" in told  # of the evaluations at 40, 80 and 120
+    assert {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()} == files
     with pytest.raises(ValueError, match="seed was 0, is 1"):
-        plan.show_plan(tiny_config(seed=1), tmp_path / "run")
+        plan.show_plan(tiny_config(seed=1), run)
+    with pytest.raises(OSError, match="cannot be written: choose another folder"):
+        plan.show_plan(tiny_config(), run / "config.json")
+    plan.show_plan(tiny_config(), workdir)
+    assert "this training has ended" in capsys.readouterr().out
+
+
+def test_a_new_training_in_a_used_folder_shows_nothing_of_the_old(trained, tiny_config, no_tables, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained[0], run)
+    shutil.copy(run / "val_cases.csv", run / "test_cases.csv")
+    shutil.rmtree(run / "checkpoints")
+    train.train(tiny_config("supervised", steps=2), run)
+    assert not list(run.glob("test_*")) and not list(run.glob("val_*.csv"))
 
 
 # ----------------------------------------------------------------------------------------------------------- learning
@@ -126,7 +144,8 @@ def test_the_model_card_tells_the_figures_of_the_tables(trained):
     for network, summary in summaries["val"].items():
         for c, name in enumerate(("right ventricle", "myocardium", "left ventricle")):
             values = f"{100 * summary.mean['dice'][c]:.1f} ± {100 * summary.std['dice'][c]:.1f}"
-            assert f"| {network} | {name} | {values} | {summary.mean['hd95'][c]:.1f} | {summary.n[c]} |" in card
+            rest = f"{summary.mean['hd95'][c]:.1f} | {summary.n[c]} | {summary.flagged[c]} |"
+            assert f"| {network} | {name} | {values} | {rest}" in card
     assert "| labelled | 2 | 4 |" in card and "| val | 1 | 2 |" in card
     assert "0 (background), 1 (right ventricle)" in card and "not a medical device" in card
 
