@@ -14,6 +14,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+import configs
 from sscl_jax import cli, parallel
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with the method behind a colon.")
@@ -55,10 +56,20 @@ def run() -> None:
     app.run(main, flags_parser=_parse)
 
 
+def find_config(word: str) -> str:
+    """`--config=configs/acdc.py` names the file installed with the package, unless there is one in this folder."""
+    match = re.fullmatch(r"(--config=)?(configs/\w+\.py)(:\w+)?", word)
+    if match and not Path(match[2]).is_file():
+        installed = Path(configs.__file__).parents[1] / match[2]
+        if installed.is_file():
+            return f"{match[1] or ''}{installed}{match[3] or ''}"
+    return word
+
+
 def _parse(argv: list[str]) -> list[str]:
     """Parses the flags; a config that is not there, or has no such field or method, ends in one line."""
     try:
-        return flags.FLAGS(cli.underscored(argv))
+        return flags.FLAGS([find_config(word) for word in cli.underscored(argv)])
     except SystemExit as stop:  # absl leaves with status 1 when it has printed the help
         sys.exit(0 if any(re.match("--?help", word) for word in argv) else stop.code or 1)
     except (flags.Error, OSError, ImportError, ValueError) as error:

@@ -8,7 +8,7 @@ import pytest
 import data_prep
 from data_prep import __main__ as prepare
 from data_prep import acdc, phantom
-from sscl_jax import cli
+from sscl_jax import cli, main
 
 
 def test_hyphens_in_options_are_underscores_but_not_in_values():
@@ -53,3 +53,15 @@ def test_the_rest_goes_to_the_data_set(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         prepare.main()
     assert stop.value.code == 1 and "error: " in capsys.readouterr().err
+
+
+def test_the_configs_of_the_package_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ours = Path(data_prep.__file__).parents[1] / "configs" / "acdc.py"
+    assert main.find_config("--config=configs/acdc.py:region") == f"--config={ours}:region"
+    assert main.find_config("configs/acdc.py") == str(ours)
+    for word in ("--config=configs/mine.py", "--workdir=configs/acdc.py", "--config=acdc.py"):
+        assert main.find_config(word) == word
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "acdc.py").touch()  # the user's own
+    assert main.find_config("--config=configs/acdc.py:region") == "--config=configs/acdc.py:region"
