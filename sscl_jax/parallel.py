@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 AXIS = "devices"
 
@@ -37,6 +38,13 @@ def initialise_hosts(
     pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     if several or pod or distributed:
         jax.distributed.initialize()
+
+
+def agreed(value: int) -> int:
+    """The greatest of the values that the processes give; all of them must ask at the same step."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
 
 def is_main_process() -> bool:

@@ -93,7 +93,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
         "fingerprint": dataset.fingerprint,
     }
 
-    main = parallel.is_main_process()
+    main, alone = parallel.is_main_process(), jax.process_count() == 1
     if main:
         describe(config, dataset, roles, held, start)
         if not start:  # what an earlier training left would be taken for this one's
@@ -127,8 +127,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
             at_log = final or done % config.log_every == 0
             at_eval = bool(roles.val) and (final or done % config.eval.every == 0)
             # Looked at once: a signal that comes later in this turn is answered in the next, with a save of its own.
-            stopping = caught[0] if caught else None
-            at_save = final or at_eval or done % config.save_every == 0 or stopping is not None
+            # Several processes must stop at the same step, so they agree on it where they log.
+            stopping = parallel.agreed(caught[0] if caught else 0) if alone or at_log else 0
+            at_save = final or at_eval or done % config.save_every == 0 or stopping > 0
             if not (at_log or at_save):
                 continue
 
@@ -140,7 +141,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
             memory["seconds"] += now - mark
             speed, mark, mark_step = (done - mark_step) * images / max(now - mark, 1e-9), now, done
             row: dict[str, Any] = {}
-            if at_eval and stopping is None:
+            if at_eval and not stopping:
                 host = parallel.to_host(state)
                 variables = experiment.network_variables(host, config.eval.select)
                 results = evaluate.evaluate_cases(predict, variables, dataset, roles.val, largest, threshold)
@@ -171,10 +172,11 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
                 pending = {}
             if at_save:
                 last.save(parallel.to_host(state), meta | memory | {"pending": pending})
-            if stopping is not None:
+            if stopping:
                 log.close()
                 if main:
-                    print(f"stopped by {stopping.name} at step {done}; saved. Run the same command to go on.")
+                    name = signal.Signals(stopping).name
+                    print(f"stopped by {name} at step {done}; saved. Run the same command to go on.")
                 sys.exit(128 + stopping)
         if caught:  # during the last step, which is saved
             sys.exit(128 + caught[0])

@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -42,9 +43,9 @@ def train(data, workdir, *more, method="anatomical_pl", devices=1):
     return command("sscl_jax.main", config, f"--workdir={workdir}", *flags, *more, devices=devices)
 
 
-def wait_for(path, process):
-    """Until `path` holds a row under its header, or the process ends."""
-    while process.poll() is None and not (path.is_file() and len(path.read_text().splitlines()) > 1):
+def wait_for(path, process, rows=1):
+    """Until `path` holds so many rows under its header, or the process ends."""
+    while process.poll() is None and not (path.is_file() and len(path.read_text().splitlines()) > rows):
         time.sleep(0.02)
 
 
@@ -76,6 +77,27 @@ def test_stop_on_two_devices_go_on_with_one_then_predict_and_evaluate(phantom_da
     out, _ = finish(command("sscl_jax.evaluate", f"--checkpoint={workdir}", f"--csv={tmp_path / 'cases.csv'}"))
     with open(tmp_path / "cases.csv", newline="") as one, open(workdir / "val_cases.csv", newline="") as other:
         assert list(csv.DictReader(one)) == list(csv.DictReader(other))  # what training measured
+
+
+def test_two_processes_stop_at_the_same_step_and_one_goes_on(phantom_data, tmp_path):
+    workdir = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    more = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--config.steps=2000", "--config.eval.every=2000"]
+    processes = [train(phantom_data, workdir, *more, f"--process_id={i}") for i in range(2)]
+    wait_for(workdir / "metrics.csv", processes[0])
+    processes[1].send_signal(signal.SIGTERM)  # to one of them only
+    (out, err), (other, _) = (finish(process, 128 + signal.SIGTERM) for process in processes)
+    assert "2 device(s)" in out and "2 process(es)" in out and "Traceback" not in err
+    (stopped,) = Checkpoints(workdir, "last").steps()[-1:]
+    assert f"stopped by SIGTERM at step {stopped}; saved." in out and "stopped by" not in other
+
+    process = train(phantom_data, workdir, *more[2:])
+    wait_for(workdir / "metrics.csv", process, rows=stopped // 5 + 1)
+    process.send_signal(signal.SIGTERM)
+    out, _ = finish(process, 128 + signal.SIGTERM)
+    assert "1 process(es)" in out and f"goes on from step {stopped}" in out
 
 
 # What only the command line can get wrong; all else is in test_training.py.
