@@ -1,6 +1,7 @@
 """The notebooks run from top to bottom, in a short setting, and are stored without output."""
 
 import json
+import re
 from pathlib import Path
 
 import nbclient
@@ -34,3 +35,12 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = "".join(json.dumps(output) for cell in notebook.cells for output in cell.get("outputs", ()))
     assert "report.html" in printed
+
+
+def test_versions_are_pinned_to_those_tried():
+    setup = (COLAB.parent / "setup.py").read_text()
+    required = setup[setup.index("install_requires") : setup.index("extras_require")]
+    bounds = re.findall(r'"([\w-]+)>=([\d.]+)"', required)
+    lines = (COLAB / "constraints.txt").read_text().splitlines()[1:]
+    assert [line.split("==") for line in lines] == [list(pair) for pair in bounds] and len(bounds) > 10
+    assert all("colab/constraints.txt" in path.read_text() for path in NOTEBOOKS)
