@@ -7,9 +7,11 @@ Each holds the state as arrays and a JSON `meta`: config, preprocessing recipe, 
 Orbax writes under a temporary name and renames, so a half-written checkpoint is never taken for a whole one.
 """
 
+import functools
 import hashlib
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,15 @@ import orbax.checkpoint as ocp
 
 from sscl_jax.train_state import TrainState
 
-# Orbax tells every step of its work at INFO, and we say what matters ourselves.
-logging.getLogger("absl").setLevel(logging.WARNING)
+# Orbax tells every step of its work, and every error with its traceback before it raises it. We say what matters.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 class Checkpoints:
     """The checkpoints of one kind, `last` or `best`, of a training."""
 
     def __init__(self, workdir: Path, kind: str):
+        _hush()
         self.folder = Path(os.path.abspath(workdir)) / "checkpoints" / kind
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=2 if kind == "last" else 1, create=True, enable_async_checkpointing=False
@@ -136,6 +139,15 @@ class Checkpoints:
         if set_aside:
             os.replace(self.folder / str(step), aside)
             self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+
+
+@functools.cache
+def _hush() -> None:
+    """Once one array could not be read or written, those after it report to an event loop that Orbax has closed."""
+    unraisable, uncaught = sys.unraisablehook, sys.excepthook
+    told = "Event loop is closed"
+    sys.unraisablehook = lambda args: None if str(args.exc_value) == told else unraisable(args)
+    sys.excepthook = lambda kind, error, trace: None if str(error) == told else uncaught(kind, error, trace)
 
 
 def _to_tree(state: TrainState) -> dict[str, Any]:

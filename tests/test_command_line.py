@@ -2,6 +2,8 @@
 
 import csv
 import os
+import re
+import resource
 import signal
 import socket
 import subprocess
@@ -18,13 +20,14 @@ pytestmark = pytest.mark.end_to_end
 ROOT = Path(__file__).parents[1]
 
 
-def command(module, *arguments, devices=1):
+def command(module, *arguments, devices=1, largest_file=resource.RLIM_INFINITY):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {"XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True
-    )
+        [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY)),
+    )  # fmt: skip
 
 
 def finish(process, code=0):
@@ -33,14 +36,14 @@ def finish(process, code=0):
     return out, err
 
 
-def train(data, workdir, *more, method="anatomical_pl", devices=1):
+def train(data, workdir, *more, method="anatomical_pl", **how):
     fields = {
         "data.path": data, "data.patch_size": "(32, 32)", "data.labeled_batch": 2, "data.unlabeled_batch": 4,
         "model.widths": "(8, 16)", "steps": 40, "log_every": 5, "save_every": 20, "eval.every": 20,
     }  # fmt: skip
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     config = f"--config=configs/phantom.py:{method}"
-    return command("sscl_jax.main", config, f"--workdir={workdir}", *flags, *more, devices=devices)
+    return command("sscl_jax.main", config, f"--workdir={workdir}", *flags, *more, **how)
 
 
 def wait_for(path, process, rows=1):
@@ -77,6 +80,13 @@ def test_stop_on_two_devices_go_on_with_one_then_predict_and_evaluate(phantom_da
     out, _ = finish(command("sscl_jax.evaluate", f"--checkpoint={workdir}", f"--csv={tmp_path / 'cases.csv'}"))
     with open(tmp_path / "cases.csv", newline="") as one, open(workdir / "val_cases.csv", newline="") as other:
         assert list(csv.DictReader(one)) == list(csv.DictReader(other))  # what training measured
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(phantom_data, tmp_path):
+    _, err = finish(
+        train(phantom_data, tmp_path / "run", "--config.eval.every=40", method="supervised", largest_file=20_000), 1
+    )
+    assert re.fullmatch(r"error: .*checkpoints/\w+: checkpoint 20 could not be written \(.*\n", err), err
 
 
 def test_two_processes_stop_at_the_same_step_and_one_goes_on(phantom_data, tmp_path):
