@@ -3,7 +3,6 @@
 import csv
 import os
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -20,14 +19,13 @@ pytestmark = pytest.mark.end_to_end
 ROOT = Path(__file__).parents[1]
 
 
-def command(module, *arguments, devices=1, largest_file=resource.RLIM_INFINITY):
+def command(module, *arguments, devices=1, largest_file="unlimited"):
+    """Starts `python -m module`; no file that it writes may be larger than `largest_file` KiB."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {"XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY)),
-    )  # fmt: skip
+    limited = ["bash", "-c", f'ulimit -f {largest_file}; exec "$@"', "bash"]
+    words = [*limited, sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process, code=0):
@@ -84,7 +82,7 @@ def test_stop_on_two_devices_go_on_with_one_then_predict_and_evaluate(phantom_da
 
 def test_a_checkpoint_that_cannot_be_written_is_one_line(phantom_data, tmp_path):
     _, err = finish(
-        train(phantom_data, tmp_path / "run", "--config.eval.every=40", method="supervised", largest_file=20_000), 1
+        train(phantom_data, tmp_path / "run", "--config.eval.every=40", method="supervised", largest_file=20), 1
     )
     assert re.fullmatch(r"error: .*checkpoints/\w+: checkpoint 20 could not be written \(.*\n", err), err
 
