@@ -8,7 +8,6 @@ them; the least of the repeats is printed. The parts need not add up to the whol
 
 import argparse
 import importlib
-import resource
 import time
 from pathlib import Path
 
@@ -99,7 +98,7 @@ def main() -> None:
     if config.contrast.weight > 0:
         share = 1 - least["whole step without contrast"] / least["whole step"]
         print(f"  {'contrast, by difference':30} {'':8}     {100 * share:6.1f} % of the step")
-    print(f"  peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    print(f"  peak memory {parallel.peak_memory():.2f} GiB")
 
 
 if __name__ == "__main__":

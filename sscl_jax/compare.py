@@ -51,6 +51,11 @@ def counted(rows: Rows, name: str, place: int) -> dict[str, list[float]]:
     return values
 
 
+def flagged(rows: Rows, name: str) -> int:
+    """In how many cases a class is flagged: missed altogether, or found where there is none."""
+    return int(sum(row["flagged"] for (_, each), row in rows.items() if each == name))
+
+
 def case_means(rows: Rows, name: str) -> dict[str, float]:
     """Mean of each case over the classes that count in it; a case without any is left out."""
     return {case: float(np.mean(values)) for case, values in counted(rows, name, 0).items()}

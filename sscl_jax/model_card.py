@@ -107,8 +107,7 @@ def _results(split: str, tables: dict[str, compare.Rows]) -> str:
             cells = ["n/a", "n/a"]
             if values:
                 cells = [f"{100 * np.mean(values):.1f} ± {100 * np.std(values):.1f}", f"{np.mean(distance[name]):.1f}"]
-            flagged = sum(row["flagged"] for (_, c), row in rows.items() if c == name)
-            lines.append([network, name, *cells, len(values), f"{flagged:.0f}"])
+            lines.append([network, name, *cells, len(values), compare.flagged(rows, name)])
     table = _table(["network", "class", "Dice %", "HD95 mm", "n", "flagged"], lines)
     return f"On {split}:\n\n{table}\n\n{report.NOTE}"
 

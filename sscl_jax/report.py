@@ -266,8 +266,7 @@ def _class_table(tables: dict[str, compare.Rows]) -> str:
             for metric, scale in zip(compare.METRICS, (100, 100, 1, 1), strict=True):
                 values = scale * np.array(compare.counted(rows, metric, 1).get(name, []))
                 cells.append(f"{values.mean():.2f} ± {values.std():.2f}" if values.size else "n/a")
-            flagged = sum(row["flagged"] for (_, c), row in rows.items() if c == name)
-            lines.append([*cells, str(values.size), f"{flagged:.0f}"])
+            lines.append([*cells, str(values.size), str(compare.flagged(rows, name))])
     header = ["class", "Dice %", "Jaccard %", "HD95 mm", "ASSD mm", "n", "flagged"]
     return _table(header, lines) + f'<p class="note">{NOTE}</p>'
 
