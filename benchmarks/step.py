@@ -67,7 +67,7 @@ def main() -> None:
     def holder():
         return [parallel.to_host(state)]
 
-    augment = jax.jit(jax.vmap(lambda k, e: train_step.draw_views(k, e, views, patch)))
+    augment = jax.jit(jax.vmap(lambda k, e: train_step.draw_views(k, e, views, patch, classes)))
     student = jax.jit(jax.grad(lambda p, x: jnp.mean(forward(p, x) ** 2)))
     teacher = jax.jit(forward)
     whole, whole_state = experiment.make_step(config, classes), holder()

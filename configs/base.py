@@ -92,6 +92,9 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.augment.elastic = 3.0  # pixels, standard deviation
     config.augment.flip = (False, False)  # axes along which anatomy may be mirrored
     config.augment.spread = 1.0  # 0: patches from the centre; 1: from the whole image
+    config.augment.foreground = (
+        1 / 3
+    )  # share of the labelled patches that a pixel of a class, drawn evenly, is the centre of
     config.augment.weak_contrast = 0.1  # weak view (teacher): factor within 1 / (1 + c) ... 1 + c
     config.augment.weak_brightness = 0.1  # deviation of an added constant; 1 is the body's (mr), half the window (ct)
     config.augment.weak_gamma = 0.1  # exponent within 1 / (1 + g) ... 1 + g
@@ -101,7 +104,8 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.augment.bias = 0.3  # standard deviation of the log of a smooth field
     config.augment.noise = 0.2  # greatest standard deviation, of the image's own
     config.augment.blur = 1.5  # greatest sigma, pixels
-    config.augment.cutmix_probability = 0.5  # for each unlabelled image, of getting a box of its partner
+    config.augment.cutmix_probability = 0.5  # for each unlabelled image, of getting a box of another image
+    config.augment.cutmix_labeled = 0.0  # probability that this is a labelled image, and not an unlabelled one
     config.augment.cutmix_area = (0.1, 0.5)  # share of the patch
 
     config.eval = ConfigDict()

@@ -39,6 +39,7 @@ def random_coordinates(
     elastic: float | tuple[float, ...],
     flip: tuple[bool, ...],
     spread: float,
+    focus: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Draws one random warp: crop, flip, rotation, zoom, shear and elastic in a single field.
 
@@ -60,6 +61,8 @@ def random_coordinates(
       flip: for each axis, whether to flip it with probability 0.5.
       spread: in [0, 1]; the patch centre is that of the image plus, for each axis, a normal
         (sd 0.5, truncated to [-1, 1]) times `spread * max(0, extent - patch) / 2`.
+      focus: pixel (rank,) of the canvas that becomes the patch centre, and whether it does, () bool; as far as the
+        patch does not leave the image for it. See `random_foreground`.
 
     Returns:
       (*patch, rank) float32 coordinates in the canvas.
@@ -75,8 +78,13 @@ def random_coordinates(
     extent = jnp.asarray(extent, jnp.float32)
 
     shift = 0.5 * jax.random.truncated_normal(key_shift, -2.0, 2.0, (rank,))
-    shift = shift * spread * jnp.maximum(extent - size, 0.0) / 2.0
-    start = jnp.floor(_lead(shape, extent) + (extent - size) / 2.0 + shift)
+    lead, room = _lead(shape, extent), jnp.maximum(extent - size, 0.0)
+    shift = shift * spread * room / 2.0
+    start = jnp.floor(lead + (extent - size) / 2.0 + shift)
+    if focus is not None:
+        pixel, wanted = focus
+        focused = jnp.where(room > 0, jnp.clip(pixel - jnp.floor(size / 2.0), lead, lead + room), start)
+        start = jnp.where(wanted, focused, start)
     centre = start + (size - 1.0) / 2.0
 
     # One draw for all scalars: each call of the generator costs some 0.3 s of compilation on a CPU.
@@ -98,6 +106,37 @@ def random_coordinates(
     moved = [sum(matrix[a, b] * offsets[b] for b in range(rank)) + centre[a] for a in range(rank)]
     bend = _smooth_field(key_field, patch, (ELASTIC_SPACING,) * rank, rank)
     return jnp.stack(moved, axis=-1) + bend * jnp.asarray(elastic, jnp.float32)
+
+
+def random_foreground(
+    key: jax.Array, label: jax.Array, num_classes: int, probability: float
+) -> tuple[jax.Array, jax.Array]:
+    """Draws a pixel of a labelled structure: its class evenly among those there are, then a pixel of it evenly.
+
+    A small organ is so seen as often as a large one, as nnU-Net does (Isensee et al., 2021).
+
+    Args:
+      key: random key.
+      label: (*shape) of an integer type, 0 is background.
+      num_classes: number of classes, background included.
+      probability: of drawing at all.
+
+    Returns:
+      pixel (rank,) int32, and whether it counts, () bool: False with 1 - `probability`, and where all is background.
+    """
+    shape = label.shape
+    key_chosen, key_class, key_row, key_pixel = jax.random.split(key, 4)
+    rows = jnp.asarray(label).reshape(shape[0], -1)
+    # Pixels of each class in each row first, so that random numbers are needed for one row and not for a volume.
+    counts = jnp.stack([jnp.sum(rows == c, axis=1) for c in range(1, num_classes)])
+    present = jnp.any(counts > 0, axis=1)
+    chosen = jax.random.categorical(key_class, jnp.where(present, 0.0, -jnp.inf))
+    row = jax.random.categorical(key_row, jnp.log(counts[chosen].astype(jnp.float32)))
+    scores = jax.random.uniform(key_pixel, (rows.shape[1],))
+    column = jnp.argmax(jnp.where(rows[row] == chosen + 1, scores, -1.0))
+    pixel = jnp.stack([row, *jnp.unravel_index(column, shape[1:])])
+    wanted = jnp.any(present) & jax.random.bernoulli(key_chosen, probability)
+    return pixel.astype(jnp.int32), wanted
 
 
 def resample(image: jax.Array, coords: jax.Array, fill: float | jax.Array) -> jax.Array:

@@ -54,6 +54,8 @@ def check_config(config: ConfigDict) -> None:
         require(get(field) >= 0, field, "must be at least 0")
     for field in ("contrast.threshold", "pseudo_label.threshold"):
         require(0 <= get(field) <= 1, field, "must lie in [0, 1]")
+    for field in ("foreground", "cutmix_probability", "cutmix_labeled"):
+        require(0 <= config.augment[field] <= 1, f"augment.{field}", "must lie in [0, 1]")
     require(0 <= config.data.labeled_fraction <= 1, "data.labeled_fraction", "a share of the patients, 0 to 1")
     require(bool(config.data.path), "data.path", "name the folder that a data_prep command wrote")
     require(len(config.data.patch_size) in (2, 3), "data.patch_size", "give (H, W) or (D, H, W)")
@@ -166,8 +168,10 @@ def make_views(config: ConfigDict) -> train_step.Views:
         geometry={name: augment[name] for name in ("rotate", "scale", "shear", "elastic", "flip", "spread")},
         weak={name: augment[f"weak_{name}"] for name in ("contrast", "brightness", "gamma")},
         strong={name: augment[name] for name in ("contrast", "brightness", "gamma", "bias", "noise", "blur")},
+        foreground=augment.foreground,
         cutmix_area=tuple(augment.cutmix_area),
         cutmix_probability=augment.cutmix_probability,
+        cutmix_labeled=augment.cutmix_labeled,
     )
 
 

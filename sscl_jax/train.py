@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -382,7 +383,20 @@ def _facts(dataset: PreparedDataset, roles: Roles) -> dict[str, Any]:
         "hardware": f"{len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es), "
         f"{os.cpu_count()} cores of {platform.machine()}",
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+        "revision": _revision(),
     }
+
+
+def _revision() -> str:
+    """Git commit of the source, with `-dirty` where files of it were changed; "" where this is an installed copy."""
+    source = Path(__file__).resolve().parents[1]
+    if not (source / ".git").exists():
+        return ""
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git here, or it will not read this folder
+        return ""
 
 
 def _version(package: str) -> str:

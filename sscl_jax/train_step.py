@@ -60,15 +60,19 @@ class Views:
       geometry: keywords of `augment.random_coordinates`, without shapes.
       weak: keywords of `augment.weak_intensity`.
       strong: keywords of `augment.strong_intensity`.
+      foreground: share of the labelled patches whose centre is a pixel of a labelled structure.
       cutmix_area: (least, greatest) share of a patch that is replaced by its partner's.
-      cutmix_probability: of mixing a pair of unlabelled images.
+      cutmix_probability: of an unlabelled image getting a box of another image.
+      cutmix_labeled: probability that the box comes from a labelled image, and not from the unlabelled partner.
     """
 
     geometry: dict[str, Any]
     weak: dict[str, Any]
     strong: dict[str, Any]
+    foreground: float
     cutmix_area: tuple[float, float]
     cutmix_probability: float
+    cutmix_labeled: float
 
 
 def sigmoid_ramp(weight: float, steps: int) -> Callable[[jax.Array], jax.Array]:
@@ -100,7 +104,7 @@ def update_teacher(teacher: Any, student: Any, step: jax.Array, decay: float, sc
 
 
 def draw_views(
-    key: jax.Array, example: dict[str, jax.Array], views: Views, patch: tuple[int, ...]
+    key: jax.Array, example: dict[str, jax.Array], views: Views, patch: tuple[int, ...], num_classes: int
 ) -> dict[str, jax.Array]:
     """Weak and strong view of one example through one warp, with the pixels' labels and positions.
 
@@ -109,6 +113,7 @@ def draw_views(
       example: `image` (*canvas, channels), `extent` (rank,), `depth` (2,), and `label` (*canvas) if labelled.
       views: strengths.
       patch: size of the views.
+      num_classes: number of classes, background included.
 
     Returns:
       `weak` and `strong` (*patch, channels); `plane` (*patch, 2), position in the plane in [0, 1]; `depth` (*patch),
@@ -116,8 +121,13 @@ def draw_views(
     """
     image = example["image"]
     shape = image.shape[:-1]
-    warp_key, weak_key, strong_key = jax.random.split(key, 3)
-    coords = augment.random_coordinates(warp_key, shape=shape, extent=example["extent"], patch=patch, **views.geometry)
+    warp_key, weak_key, strong_key, focus_key = jax.random.split(key, 4)
+    focus = None
+    if "label" in example and views.foreground > 0:
+        focus = augment.random_foreground(focus_key, example["label"], num_classes, views.foreground)
+    coords = augment.random_coordinates(
+        warp_key, shape=shape, extent=example["extent"], patch=patch, focus=focus, **views.geometry
+    )
     warped = augment.resample(image, coords, jnp.min(image))
     position, inside = augment.normalised_position(coords, shape, example["extent"])
     low, high = example["depth"]
@@ -134,14 +144,13 @@ def draw_views(
     return result
 
 
-def mix_partners(tree: Any, box: jax.Array) -> Any:
-    """CutMix (Yun et al., 2019) within pairs: inside `box` (batch, *patch) image i becomes image i ^ 1."""
-    partner = jnp.arange(box.shape[0]) ^ 1
+def paste(tree: Any, other: Any, box: jax.Array) -> Any:
+    """CutMix (Yun et al., 2019): inside `box` (batch, *patch) or (batch,) what `other` holds, else what `tree` does."""
 
-    def mix(x):
-        return jnp.where(box.reshape(box.shape + (1,) * (x.ndim - box.ndim)), x[partner], x)
+    def mix(x, y):
+        return jnp.where(box.reshape(box.shape + (1,) * (x.ndim - box.ndim)), y, x)
 
-    return jax.tree.map(mix, tree)
+    return jax.tree.map(mix, tree, other)
 
 
 def average_pool(x: jax.Array, level: int, rank: int) -> jax.Array:
@@ -283,7 +292,7 @@ def make_train_step(
         drawn = {}
         for stream, part in enumerate(parts):
             keys = example_keys(stream, state.step, batch[part]["image"].shape[0])
-            drawn[part] = jax.vmap(lambda k, e: draw_views(k, e, views, patch))(keys, batch[part])
+            drawn[part] = jax.vmap(lambda k, e: draw_views(k, e, views, patch, num_classes))(keys, batch[part])
         labeled = drawn["labeled"]
         num_labeled = labeled["strong"].shape[0]
 
@@ -298,12 +307,23 @@ def make_train_step(
             teacher_probs = jax.nn.softmax(teacher_logits[-unlabeled["weak"].shape[0] :])
 
             # 3. What the student is asked to find: views, targets and positions mixed alike.
-            mixed = {name: unlabeled[name] for name in ("strong", "plane", "depth", "inside")}
-            mixed["probs"] = teacher_probs
+            where = ("plane", "depth", "inside")
+            true = jax.nn.one_hot(labeled["label"], num_classes)
+            mixed = {name: unlabeled[name] for name in ("strong", *where)} | {"probs": teacher_probs}
             if views.cutmix_probability > 0:
-                box_keys = example_keys(2, state.step, teacher_probs.shape[0])
+                count = teacher_probs.shape[0]
+                sources = jax.tree.map(lambda x: x[jnp.arange(count) ^ 1], mixed)
+                box_keys, coin_keys = jax.vmap(jax.random.split, out_axes=1)(example_keys(2, state.step, count))
+                if views.cutmix_labeled > 0:
+                    # In blocks, so that an image has the same partner on any number of devices.
+                    given = {name: labeled[name] for name in ("strong", *where)} | {"probs": true}
+                    given = jax.tree.map(lambda x: x[jnp.arange(count) * num_labeled // count], given)
+                    coins = jax.vmap(lambda k: jax.random.bernoulli(k, views.cutmix_labeled))(coin_keys)
+                    sources = paste(
+                        sources, given, jnp.broadcast_to(coins[(..., *(None,) * len(patch))], (count, *patch))
+                    )
                 boxes = jax.vmap(lambda k: draw_box(k, views, patch))(box_keys)
-                mixed = mix_partners(mixed, boxes)
+                mixed = paste(mixed, sources, boxes)
 
         def loss_fn(student):
             metrics: Metrics = {}
@@ -330,8 +350,6 @@ def make_train_step(
                 loss += consistency_weight(state.step) * total[0] / total[1]
                 metrics["cons"] = (global_sum(total[0]), total[1])
             if contrast_weight:
-                true = jax.nn.one_hot(labeled["label"], num_classes)
-                where = ("plane", "depth", "inside")
                 query_views, key_views = (
                     {n: jnp.concatenate([labeled[n], other[n]]) for n in where} for other in (mixed, unlabeled)
                 )

@@ -30,19 +30,21 @@ CLEAR = QUIET | {"bias": 0.0, "noise": 0.0, "blur": 0.0}
 
 
 @functools.partial(quick_jit, static_argnames=("shape", "patch", "flip"))
-def batch_of_coords(keys, strengths, extent, *, shape, patch, flip):
+def batch_of_coords(keys, strengths, extent, focus, *, shape, patch, flip):
     # The strengths are traced, so that tests which differ only in them share one compilation.
     return jax.vmap(
-        lambda key: augment.random_coordinates(key, shape=shape, patch=patch, flip=flip, extent=extent, **strengths)
+        lambda key: augment.random_coordinates(
+            key, shape=shape, patch=patch, flip=flip, extent=extent, focus=focus, **strengths
+        )
     )(keys)
 
 
-def draw_many(count: int, *, shape, patch, extent=None, flip=None, **changes) -> np.ndarray:
+def draw_many(count: int, *, shape, patch, extent=None, flip=None, focus=None, **changes) -> np.ndarray:
     """Coordinates of `count` warps in which only what `changes` names is not a centred crop."""
     keys = jax.random.split(jax.random.key(0), count)
     extent = jnp.asarray(shape if extent is None else extent, jnp.float32)
     flip = (False,) * len(shape) if flip is None else flip
-    coords = batch_of_coords(keys, STILL | changes, extent, shape=shape, patch=patch, flip=flip)
+    coords = batch_of_coords(keys, STILL | changes, extent, focus, shape=shape, patch=patch, flip=flip)
     return np.asarray(coords)
 
 
@@ -66,6 +68,48 @@ def random_points(shape, count: int, margin: float, seed: int = 0) -> np.ndarray
 
 def in_canvas(points: np.ndarray, shape, border: float) -> np.ndarray:
     return np.all((points >= -border) & (points <= np.asarray(shape) - 1 + border), axis=-1)
+
+
+# --- foreground ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6, 7), (4, 5, 3)])
+def test_foreground_is_drawn_evenly_by_class_and_then_by_pixel(shape):
+    label = np.random.default_rng(0).choice([0, 0, 0, 0, 0, 0, 1, 1, 1, 3], shape).astype(np.uint8)  # no class 2
+    draws = 4000
+    draw = quick_jit(jax.vmap(lambda key: augment.random_foreground(key, label, 4, 0.75)))
+    pixels, wanted = jax.device_get(draw(jax.random.split(jax.random.key(0), draws)))
+    assert wanted.mean() == pytest.approx(0.75, abs=0.03)
+    counts = np.zeros(shape)
+    np.add.at(counts, tuple(pixels.T), 1)
+    expected = sum(draws / 2 * (label == c) / (label == c).sum() for c in (1, 3))
+    assert counts[expected == 0].sum() == 0
+    # Binomial: five standard deviations.
+    assert (np.abs(counts - expected) < 5 * np.sqrt(np.maximum(expected, 1))).all()
+
+
+def test_foreground_of_a_label_without_any_does_not_count():
+    pixel, wanted = augment.random_foreground(jax.random.key(0), jnp.zeros((4, 5), jnp.uint8), 3, 1.0)
+    assert not wanted and np.all((0 <= pixel) & (pixel < np.array([4, 5])))
+
+
+@pytest.mark.parametrize(
+    "pixel, start",
+    [((10, 10), (8, 7)), ((5, 4), (5, 4)), ((34, 31), (31, 26)), ((16, 10), (14, 7))],
+)
+def test_focus_becomes_the_centre_as_far_as_the_patch_stays_in_the_image(pixel, start):
+    # The image covers rows 5 to 34 and columns 4 to 31 of the canvas.
+    draw = functools.partial(draw_coords, shape=(40, 36), extent=(30, 28), patch=(4, 6), spread=1.0)
+    focused = draw(focus=(jnp.array(pixel), jnp.array(True)))
+    np.testing.assert_allclose(focused[0, 0], start)
+    np.testing.assert_allclose(focused[-1, -1], np.add(start, (3, 5)))
+    np.testing.assert_array_equal(draw(focus=(jnp.array(pixel), jnp.array(False))), draw())
+
+
+def test_focus_leaves_an_image_smaller_than_the_patch_in_the_centre():
+    draw = functools.partial(draw_coords, shape=(12, 20), extent=(7, 20), patch=(12, 8))
+    focused = draw(focus=(jnp.array([3, 1]), jnp.array(True)))
+    np.testing.assert_allclose(focused[0, 0], [draw()[0, 0, 0], 0])
 
 
 # --- resampling -----------------------------------------------------------------------

@@ -19,8 +19,10 @@ STILL = Views(
     geometry=dict(rotate=0.0, scale=(1.0, 1.0), shear=0.0, elastic=0.0, flip=(False, False), spread=0.0),
     weak=dict(contrast=0.0, brightness=0.0, gamma=0.0),
     strong=dict(contrast=0.0, brightness=0.0, gamma=0.0, bias=0.0, noise=0.0, blur=0.0),
+    foreground=0.0,
     cutmix_area=(0.25, 0.25),
     cutmix_probability=0.0,
+    cutmix_labeled=0.0,
 )
 
 
@@ -75,15 +77,21 @@ def test_average_pool_by_brute_force(shape, level):
     np.testing.assert_allclose(train_step.average_pool(jnp.asarray(x), level, len(shape)), expected, atol=1e-6)
 
 
-def test_mix_partners_by_brute_force():
+def test_paste_by_brute_force():
     random = np.random.default_rng(0)
-    box = random.random((4, 3, 5)) < 0.5
-    tree = {"image": random.normal(size=(4, 3, 5, 2)), "label": random.integers(0, 9, (4, 3, 5))}
-    mixed = jax.device_get(train_step.mix_partners(jax.tree.map(jnp.asarray, tree), jnp.asarray(box)))
-    for name, x in tree.items():
+    box, whole = random.random((4, 3, 5)) < 0.5, np.array([True, False, False, True])
+    tree, other = (
+        {"image": random.normal(size=(4, 3, 5, 2)), "label": random.integers(0, 9, (4, 3, 5))} for _ in range(2)
+    )
+    boxed, swapped = (
+        jax.device_get(train_step.paste(*jax.tree.map(jnp.asarray, (tree, other)), jnp.asarray(b)))
+        for b in (box, whole)
+    )
+    for name in tree:
         for i, r, c in np.ndindex(box.shape):
-            source = {0: 1, 1: 0, 2: 3, 3: 2}[i] if box[i, r, c] else i
-            np.testing.assert_allclose(mixed[name][i, r, c], x[source, r, c], rtol=1e-6)
+            expected = (other if box[i, r, c] else tree)[name][i, r, c]
+            np.testing.assert_allclose(boxed[name][i, r, c], expected, rtol=1e-6)
+            np.testing.assert_allclose(swapped[name][i, r, c], (other if whole[i] else tree)[name][i, r, c], rtol=1e-6)
 
 
 def options(**fields):
@@ -132,8 +140,8 @@ def gridded_example(shape=(40, 36), extent=(30, 28)):
 def test_views_keep_image_label_and_position_aligned():
     example = gridded_example()
     geometry = dict(rotate=40.0, scale=(0.7, 1.4), shear=0.2, elastic=2.0, flip=(True, True), spread=1.0)
-    views = Views(geometry, STILL.weak, STILL.strong, (0.1, 0.5), 0.0)
-    draw = jax.jit(jax.vmap(lambda k: train_step.draw_views(k, example, views, (24, 20))))
+    views = Views(geometry, STILL.weak, STILL.strong, 0.0, (0.1, 0.5), 0.0, 0.0)
+    draw = jax.jit(jax.vmap(lambda k: train_step.draw_views(k, example, views, (24, 20), 4)))
     drawn = jax.device_get(draw(jax.random.split(jax.random.key(1), 8)))
     inside = drawn["inside"]
     assert 0.2 < inside.mean() < 1  # some pixels lie in the padding
@@ -154,7 +162,7 @@ def test_views_keep_image_label_and_position_aligned():
 
 def test_still_views_are_the_centred_crop():
     example = gridded_example((10, 8), (10, 8))
-    drawn = jax.jit(lambda k: train_step.draw_views(k, example, STILL, (4, 4)))(jax.random.key(0))
+    drawn = jax.jit(lambda k: train_step.draw_views(k, example, STILL, (4, 4), 4))(jax.random.key(0))
     rows, columns = np.meshgrid(np.arange(3, 7), np.arange(2, 6), indexing="ij")
     np.testing.assert_allclose(drawn["weak"], np.stack([rows, columns], -1), atol=1e-4)
     np.testing.assert_array_equal(drawn["label"], example["label"][3:7, 2:6])
@@ -165,15 +173,15 @@ def test_depth_of_a_volume_follows_its_first_axis(cheap):
     example = {
         "image": np.zeros((4, 4, 4, 1), "f4"), "extent": np.full(3, 4, "f4"), "depth": np.array([0, 1], "f4"),
     }  # fmt: skip
-    views = Views({**STILL.geometry, "flip": (False,) * 3}, STILL.weak, STILL.strong, (0.1, 0.5), 0.0)
-    drawn = jax.jit(lambda k: train_step.draw_views(k, example, views, (4, 4, 4)))(jax.random.key(0))
+    views = Views({**STILL.geometry, "flip": (False,) * 3}, STILL.weak, STILL.strong, 0.0, (0.1, 0.5), 0.0, 0.0)
+    drawn = jax.jit(lambda k: train_step.draw_views(k, example, views, (4, 4, 4), 4))(jax.random.key(0))
     np.testing.assert_allclose(drawn["depth"][:, 0, 0], [0.125, 0.375, 0.625, 0.875], rtol=1e-6)
     assert drawn["plane"].shape == (4, 4, 4, 2)
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 def test_cutmix_box_is_there_with_its_probability(probability):
-    views = Views(STILL.geometry, STILL.weak, STILL.strong, (0.25, 0.25), probability)
+    views = Views(STILL.geometry, STILL.weak, STILL.strong, 0.0, (0.25, 0.25), probability, 0.0)
     draw = jax.jit(jax.vmap(lambda k: train_step.draw_box(k, views, (16, 16))))
     boxes = draw(jax.random.split(jax.random.key(0), 8))
     share = np.asarray(boxes).mean((1, 2))
@@ -349,7 +357,16 @@ def test_a_batch_with_nothing_confident_is_finite(cheap, monkeypatch):
 
 
 SEVERAL = {
-    "anatomical_pl": ("anatomical_pl", {"consistency.weight": 1.0, "augment.cutmix_probability": 1.0}, 2),
+    "anatomical_pl": (
+        "anatomical_pl",
+        {
+            "consistency.weight": 1.0,
+            "augment.cutmix_probability": 1.0,
+            "augment.cutmix_labeled": 0.5,
+            "augment.foreground": 0.5,
+        },
+        2,
+    ),  # fmt: skip
     "region_pl": ("region_pl", {"model.norm": "batch", "pseudo_label.threshold": 0.3}, 4),
 }
 

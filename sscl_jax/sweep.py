@@ -1,0 +1,212 @@
+r"""Trains a grid of configs, and makes one table of them.
+
+    python -m sscl_jax.sweep --config=configs/acdc.py --output=runs/sweep --set data.path=data/acdc \
+        --grid method=supervised,anatomical_pl --grid seed=0,1,2 --grid data.labeled_seed=-1,0 \
+        --vary contrast.temperature=0.07,0.5 --vary contrast.level=0,2
+
+--grid fields are crossed with one another; each value of --vary is one more config, in which that field alone differs,
+crossed with the grid. Here: 2 x 3 x 2 x (1 + 4) trainings. Each is the command line of `sscl_jax.main` in a folder of
+its own; one that has ended is not run again, so the same command goes on with a sweep that was stopped. After each,
+OUTPUT/results.csv has a row more, and OUTPUT/results.md the means over seeds and labelled patients.
+"""
+
+import argparse
+import concurrent.futures
+import csv
+import functools
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sscl_jax import cli, compare
+
+Fields = dict[str, str]  # config field -> value, as on the command line
+
+# Fields whose values are repeats of the same config: the table gives means over them.
+REPEATS = ("seed", "data.labeled_seed")
+# Fields that say what is to be learnt from: trainings that differ in one of them are not compared.
+TASK = (*REPEATS, "data.labeled_patients", "data.labeled_fraction", "data.path")
+
+
+def read_option(text: str) -> tuple[str, list[str]]:
+    """`contrast.level=0,1` to ("contrast.level", ["0", "1"]); commas in brackets do not separate.
+
+    Raises:
+      argparse.ArgumentTypeError: there is no `=`, or nothing behind it.
+    """
+    name, _, values = text.partition("=")
+    parts = re.findall(r"(?:\([^)]*\)|[^,(])+", values)
+    if not name or not parts:
+        raise argparse.ArgumentTypeError(f"{text!r}: write FIELD=VALUE or FIELD=VALUE,VALUE")
+    return name, parts
+
+
+def plan_runs(grid: Sequence[tuple[str, list[str]]], vary: Sequence[tuple[str, list[str]]]) -> list[Fields]:
+    """The trainings of a sweep, by the fields in which they differ: the base first, then what varies.
+
+    Raises:
+      ValueError: a field is given twice.
+    """
+    names = [name for name, _ in (*grid, *vary)]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"--grid and --vary: {', '.join(sorted(repeated))} given twice; list its values once.")
+    pairs = ([(name, value) for value in values] for name, values in grid)
+    crossed = [dict(fields) for fields in itertools.product(*pairs)]
+    changes: list[Fields] = [{}, *({name: value} for name, values in vary for value in values)]
+    return [base | change for change in changes for base in crossed]
+
+
+def folder_name(fields: Fields) -> str:
+    """A folder for a training: its fields, in letters that every file system takes."""
+    text = ",".join(f"{name}={value}" for name, value in fields.items()) or "base"
+    return re.sub(r"[^\w.,=+-]", "_", text)
+
+
+def command_line(config: str, workdir: Path, fields: Fields) -> list[str]:
+    """The command that trains `config` with `fields` changed."""
+    method = f":{fields['method']}" if "method" in fields else ""
+    options = [f"--config.{name}={value}" for name, value in fields.items() if name != "method"]
+    return [sys.executable, "-m", "sscl_jax.main", f"--config={config}{method}", f"--workdir={workdir}", *options]
+
+
+def run_one(config: str, output: Path, fixed: Fields, fields: Fields) -> bool:
+    """Trains one config, with its log beside its folder; returns whether it ended well."""
+    workdir = output / folder_name(fields)
+    if (workdir / "report.html").is_file():
+        return True
+    print(f"{workdir.name} ...", flush=True)
+    # What the trainings share is compiled once.
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(output / "compiled")} | os.environ
+    with open(f"{workdir}.log", "a", encoding="utf-8") as log:
+        command = command_line(config, workdir, fixed | fields)
+        status = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+    if status:
+        last = Path(log.name).read_text(encoding="utf-8").strip().splitlines()[-1:]
+        print(f"{workdir.name}: exit status {status}; {' '.join(last)} (all of it in {log.name})", flush=True)
+    return status == 0
+
+
+def read_run(workdir: Path) -> dict[str, str | float]:
+    """What a training that has ended came to on val, the teacher: Dice in %, HD95 in mm, time in minutes."""
+    facts = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
+    rows = compare.read_cases(workdir, "val", "teacher")
+    cases = list(compare.case_means(rows, "dice").values())
+    result: dict[str, str | float] = {
+        "revision": facts["revision"],
+        "labelled": " ".join(facts["roles"]["labelled"]["patients"]),
+        "minutes": facts["seconds"] / 60,
+        "dice": 100 * compare.class_mean(rows, "dice"),
+        "dice_sd_of_cases": 100 * float(np.std(cases)),
+        "hd95_mm": compare.class_mean(rows, "hd95_mm"),
+        **facts["features"]["val"]["teacher"],
+    }
+    result |= {f"dice_{name}": 100 * mean for name, mean in compare.class_means(rows, "dice").items()}
+    with open(workdir / "metrics.csv", newline="", encoding="utf-8") as file:
+        accuracies = [row["val_pl_accuracy"] for row in csv.DictReader(file) if row.get("val_pl_accuracy")]
+    if accuracies:
+        result["pseudo_label_accuracy"] = 100 * float(accuracies[-1])
+    return result
+
+
+def write_results(output: Path, runs: Sequence[Fields]) -> str:
+    """Writes results.csv and results.md of the trainings that have ended; returns the second."""
+    ended = [fields for fields in runs if (output / folder_name(fields) / "report.html").is_file()]
+    rows = [{**fields, **read_run(output / folder_name(fields))} for fields in ended]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with open(output / "results.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({n: f"{v:.4g}" if isinstance(v, float) else v for n, v in row.items()} for row in rows)
+    table = format_results(rows)
+    (output / "results.md").write_text(table, encoding="utf-8")
+    return table
+
+
+def format_results(rows: Sequence[dict]) -> str:
+    """A Markdown table, one line for each config: mean ± standard deviation over its seeds and labelled patients.
+
+    The gain is over the first config on the same task: `TASK` fields equal, run by run.
+    """
+    columns = ("dice", "hd95_mm", "compactness", "separability", "pseudo_label_accuracy", "minutes")
+    measured = {"revision", "labelled", *columns}
+    groups: dict[str, list[dict]] = {}
+    first: dict[tuple, dict] = {}
+    for row in rows:
+        fields = (f"{n}={v}" for n, v in row.items() if not (n in measured or n in REPEATS or n.startswith("dice_")))
+        groups.setdefault(", ".join(fields) or "base", []).append(row)
+        first.setdefault(_task(row), row)
+
+    def spread(values: list[float]) -> str:
+        return f"{np.mean(values):.3g} ± {np.std(values):.2g}" if values else ""
+
+    lines = [
+        "| config | n | Dice % | gain | HD95 mm | compactness | separability | pseudo-labels right % | minutes |",
+        "| --- " * 9 + "|",
+    ]
+    for name, group in groups.items():
+        gains = [row["dice"] - first[_task(row)]["dice"] for row in group if first[_task(row)] is not row]
+        dice, *others = (spread([row[column] for row in group if column in row]) for column in columns)
+        lines.append(f"| {name} | {len(group)} | {dice} | {spread(gains)} | {' | '.join(others)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _task(row: dict) -> tuple:
+    return tuple(row.get(name) for name in TASK)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `python -m sscl_jax.sweep`."""
+    parser = cli.make_parser("sscl_jax.sweep", __doc__)
+    parser.add_argument("--config", required=True, help="config file, as for sscl_jax.main")
+    parser.add_argument("--output", required=True, type=Path, help="folder of the trainings and tables")
+    option = functools.partial(
+        parser.add_argument, action="append", default=[], type=read_option, metavar="FIELD=VALUE"
+    )
+    option("--set", help="a field that all trainings have in common")
+    option("--grid", help="FIELD=VALUE,VALUE: crossed with the other --grid fields")
+    option("--vary", help="FIELD=VALUE,VALUE: one field at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, each on a share of the cores (1)")
+    args = cli.parse(parser, argv)
+    try:
+        runs = plan_runs(args.grid, args.vary)
+        cli.make_folder(args.output, "--output")
+        fixed = {name: ",".join(values) for name, values in args.set}
+        ends = _run_all(args.config, args.output, fixed, runs, args.jobs)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    if not all(ends):
+        sys.exit(f"{ends.count(False)} of {len(ends)} trainings did not end well; the same command tries them again.")
+
+
+def _run_all(config: str, output: Path, fixed: Fields, runs: list[Fields], jobs: int) -> list[bool]:
+    """Trains all, `jobs` at a time, and prints the table after each."""
+    ends = []
+    with concurrent.futures.ThreadPoolExecutor(
+        jobs, initializer=_take_cores, initargs=(itertools.count(), jobs)
+    ) as pool:
+        for end in pool.map(functools.partial(run_one, config, output, fixed), runs):
+            ends.append(end)
+            print(write_results(output, runs), flush=True)
+    return ends
+
+
+def _take_cores(turn: "itertools.count[int]", jobs: int) -> None:
+    """Binds this thread, and so the trainings that it starts, to its share of the cores.
+
+    XLA's threads, as many as it sees cores, wait busily for one another: two trainings on the same cores are slower
+    together than one after the other.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[next(turn) % jobs :: jobs] or cores)
+
+
+if __name__ == "__main__":
+    main()
