@@ -1,4 +1,4 @@
-"""Head and neck CT of OpenKBP, in 3-D: 6 labelled patients, the others of train without labels.
+"""Head and neck CT of OpenKBP, in 3-D: 5 labelled patients, the others of train without labels.
 
 python -m data_prep.msd --input=DIR --output=data/openkbp
 python -m sscl_jax.main --config=configs/openkbp.py --workdir=runs/openkbp
@@ -20,9 +20,9 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     """
     config = base.get_config(method)
     config.data.path = "data/openkbp"
-    config.data.labeled_patients = 6
+    config.data.labeled_patients = 5
     config.data.patch_size = (48, 48, 48)
-    config.data.labeled_batch = 1
+    config.data.labeled_batch = 2
     config.data.unlabeled_batch = 2
     config.model.widths = (8, 16, 32, 64)
     config.augment.flip = (False, False, False)
@@ -30,8 +30,8 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.contrast.ramp_steps = 150
     config.consistency.ramp_steps = 150
     config.pseudo_label.ramp_steps = 150
-    config.steps = 600
-    config.eval.every = 200
+    config.steps = 1200
+    config.eval.every = 400
     config.eval.final_overlap = 0.25
     config.save_every = 50
     return config

@@ -12,6 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+# Probability of background in a network that has learnt nothing yet.
+BACKGROUND = 0.9
+
 
 class GroupNorm(nn.Module):
     """Group norm (Wu & He, 2018) of (batch, *spatial, channels), as linen's, with one multiply-add a pixel.
@@ -151,6 +154,15 @@ class Encoder(nn.Module):
         return levels
 
 
+def background_bias(key: jax.Array, shape: tuple[int], dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """Bias of the logits with which the network starts by taking nearly everything for background (class 0).
+
+    A prior as in Lin et al. (2017), section 4.1. Otherwise the first hundreds of steps are spent on learning that
+    organs are small, which in 3-D, at about 1 % of the voxels, stalls.
+    """
+    return jnp.zeros(shape, dtype).at[0].set(jnp.log(BACKGROUND / (1 - BACKGROUND) * max(shape[0] - 1, 1)))
+
+
 class Decoder(nn.Module):
     """Logits, and the features of every level on the way up, finest first; the last is the encoder's output."""
 
@@ -169,7 +181,7 @@ class Decoder(nn.Module):
             up = depth_to_space(nn.Dense(width * 2**rank)(x), rank)
             x = ConvBlock(width, self.norm, self.axis_name)(jnp.concatenate([skip, up], -1), train)
             features.insert(0, x)
-        return nn.Dense(self.num_classes)(x), features
+        return nn.Dense(self.num_classes, bias_init=background_bias)(x), features
 
 
 class Projector(nn.Module):
