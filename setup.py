@@ -43,6 +43,8 @@ setup(
         "nrrd": ["SimpleITK>=2.5.7"],
         # Export to ONNX, and a runtime to try it.
         "onnx": ["jax2onnx>=0.13.0", "onnxruntime>=1.32.0"],
+        # PyTorch, to compare the speed with: benchmarks/torch_step.py.
+        "bench": ["torch>=2.13.0"],
         "test": [
             "hypothesis>=6.170.17",
             "h5py>=3.16.0",
