@@ -1,9 +1,11 @@
 """Devices and hosts. The only file that says pmap."""
 
 import os
+import platform
 import resource
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,6 +40,27 @@ def initialise_hosts(
     pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     if several or pod or distributed:
         jax.distributed.initialize()
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs in the user's cache folder, so that a training that goes on need not compile them again.
+
+    JAX_COMPILATION_CACHE_DIR names another folder; JAX_ENABLE_COMPILATION_CACHE=0 keeps none. Without a home that can
+    be written to, none is kept either. Each machine has a folder of its own, since a home may be shared by machines
+    whose processors differ.
+    """
+    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+        return
+    caches = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+    if not caches.is_absolute():  # there is no home
+        return
+    folder = caches / "sscl_jax" / (platform.node() or "machine")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def agreed(value: int) -> int:

@@ -10,6 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAGS = ["--xla_backend_optimization_level=0"]
 if [int(part) for part in version("jaxlib").split(".")[:2]] < [0, 12]:
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")  # nothing in the home of who runs the tests
 os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *_FLAGS])
 
 # Each worker of pytest-xdist keeps to one core: XLA's threads, as many as it sees cores, wait busily for one another,

@@ -3,12 +3,13 @@
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import data_prep
 from data_prep import __main__ as prepare
 from data_prep import acdc, phantom
-from sscl_jax import cli, main
+from sscl_jax import cli, main, parallel
 
 
 def test_hyphens_in_options_are_underscores_but_not_in_values():
@@ -65,3 +66,27 @@ def test_the_configs_of_the_package_are_found_from_any_folder(tmp_path, monkeypa
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "acdc.py").touch()  # the user's own
     assert main.find_config("--config=configs/acdc.py:region") == "--config=configs/acdc.py:region"
+
+
+def test_compiled_programs_are_kept_where_the_user_keeps_caches(tmp_path, monkeypatch):
+    def kept(cache_home, home=tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+        monkeypatch.setenv("HOME", str(home))
+        jax.config.update("jax_compilation_cache_dir", None)
+        parallel.keep_compiled()
+        return jax.config.jax_compilation_cache_dir
+
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    try:
+        jax.config.update("jax_enable_compilation_cache", True)
+        assert Path(kept(tmp_path / "own")).parent == tmp_path / "own" / "sscl_jax"
+        assert Path(kept("")).parent == tmp_path / ".cache" / "sscl_jax"
+        assert kept(tmp_path / "file") is None  # no folder can be made there
+        assert kept("", home="nowhere") is None and not (tmp_path / "nowhere").exists()
+        jax.config.update("jax_compilation_cache_dir", "chosen")
+        parallel.keep_compiled()
+        assert jax.config.jax_compilation_cache_dir == "chosen"
+    finally:
+        jax.config.update("jax_enable_compilation_cache", False)
+        jax.config.update("jax_compilation_cache_dir", None)
