@@ -85,6 +85,7 @@ def make_config(labeled: int, unlabeled: int, size: int) -> ConfigDict:
     config = base.get_config().copy_and_resolve_references()
     config.data.labeled_batch, config.data.unlabeled_batch = labeled, unlabeled
     config.data.patch_size = (size, size)
+    config.augment.foreground = 0.0  # an image is as large as a view, so there is nothing to choose
     return config
 
 
