@@ -52,24 +52,21 @@ def main() -> None:
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = True  # as peers have it
 
-    # First calls, then turns.
+    # Each side in a process of its own for compilation and memory, while this one is small; then all in turns.
+    first, memory = {}, {}
+    for side in SIDES:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            first[side], memory[side] = process.submit(alone, side, sizes, threads).result()
     steps = {side: make_side(side, config) for side in SIDES}
-    first = {side: seconds(step) for side, step in steps.items()}
-    for step in steps.values():
+    for step in [*steps.values()] * 2:
         step()
     times: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in range(args.repeats):
         for side, step in steps.items():
             times[side].append(seconds(step))
-    peak = {}
-    for side in SIDES:  # each in a process of its own
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
-            peak[side] = alone.submit(peak_memory, side, sizes, threads).result()
 
-    print(
-        f"{args.images} images of {args.size} x {args.size}, {CLASSES} classes, {jax.devices()[0].device_kind}, ",
-        end="",
-    )
+    device = jax.devices()[0].device_kind
+    print(f"{args.images} images of {args.size} x {args.size}, {CLASSES} classes, {device}, ", end="")
     print(f"{threads} threads, jax {jax.__version__}, torch {torch.__version__}, {args.repeats} rounds")
     print(f"{'':16}{'median':>9}{'least':>9}{'most':>9}{'first call':>12}{'memory':>10}   time to that of jax")
     for side in SIDES:
@@ -77,7 +74,7 @@ def main() -> None:
         low, middle, high = statistics.quantiles(ratios, n=4)
         numbers = (statistics.median(times[side]), min(times[side]), max(times[side]))
         print(f"{side:16}" + "".join(f"{1e3 * n:6.0f} ms" for n in numbers), end="")
-        print(f"{first[side]:10.1f} s{peak[side]:6.2f} GiB   {middle:.2f} (quartiles {low:.2f} to {high:.2f})")
+        print(f"{first[side]:10.1f} s{memory[side]:6.2f} GiB   {middle:.2f} (quartiles {low:.2f} to {high:.2f})")
 
 
 def make_config(labeled: int, unlabeled: int, size: int) -> ConfigDict:
@@ -140,17 +137,18 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def peak_memory(side: str, sizes: tuple[int, int, int], threads: int) -> float:
-    """GiB that three steps take, beyond what the libraries do; of the device where there is one."""
+def alone(side: str, sizes: tuple[int, int, int], threads: int) -> tuple[float, float]:
+    """Seconds of the first step; GiB that three take beyond what the libraries do, of the device where it tells."""
     torch.set_num_threads(threads)
     before = parallel.peak_memory()
     step = make_side(side, make_config(*sizes))
-    for _ in range(3):
+    first = seconds(step)
+    for _ in range(2):
         step()
     if side != "jax" and DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
+        return first, torch.cuda.max_memory_allocated() / 2**30
     stats = jax.local_devices()[0].memory_stats() if side == "jax" else None
-    return stats["peak_bytes_in_use"] / 2**30 if stats else parallel.peak_memory() - before
+    return first, stats["peak_bytes_in_use"] / 2**30 if stats else parallel.peak_memory() - before
 
 
 # The same step in PyTorch.
