@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--images", default="4+4", help="labelled + unlabelled images of a step")
     parser.add_argument("--size", type=int, default=128, help="rows and columns of a view")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--memory", action="store_true", help="peak memory too, each side in a process of its own")
     parser.add_argument("--check", action="store_true", help="compare results, not times")
     args = parser.parse_args()
     if args.check:
@@ -52,13 +53,13 @@ def main() -> None:
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = True  # as peers have it
 
-    # Each side in a process of its own for compilation and memory, while this one is small; then all in turns.
-    first, memory = {}, {}
-    for side in SIDES:
+    memory = {}
+    for side in SIDES if args.memory else ():  # while this process is small
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            first[side], memory[side] = process.submit(alone, side, sizes, threads).result()
+            memory[side] = process.submit(peak_memory, side, sizes, threads).result()
     steps = {side: make_side(side, config) for side in SIDES}
-    for step in [*steps.values()] * 2:
+    first = {side: seconds(step) for side, step in steps.items()}
+    for step in steps.values():
         step()
     times: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in range(args.repeats):
@@ -74,7 +75,8 @@ def main() -> None:
         low, middle, high = statistics.quantiles(ratios, n=4)
         numbers = (statistics.median(times[side]), min(times[side]), max(times[side]))
         print(f"{side:16}" + "".join(f"{1e3 * n:6.0f} ms" for n in numbers), end="")
-        print(f"{first[side]:10.1f} s{memory[side]:6.2f} GiB   {middle:.2f} (quartiles {low:.2f} to {high:.2f})")
+        print(f"{first[side]:10.1f} s" + (f"{memory[side]:6.2f} GiB" if memory else f"{'':10}"), end="")
+        print(f"   {middle:.2f} (quartiles {low:.2f} to {high:.2f})")
 
 
 def make_config(labeled: int, unlabeled: int, size: int) -> ConfigDict:
@@ -137,18 +139,17 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def alone(side: str, sizes: tuple[int, int, int], threads: int) -> tuple[float, float]:
-    """Seconds of the first step; GiB that three take beyond what the libraries do, of the device where it tells."""
+def peak_memory(side: str, sizes: tuple[int, int, int], threads: int) -> float:
+    """GiB that three steps take beyond what the libraries do; of the device, where it tells."""
     torch.set_num_threads(threads)
     before = parallel.peak_memory()
     step = make_side(side, make_config(*sizes))
-    first = seconds(step)
-    for _ in range(2):
+    for _ in range(3):
         step()
     if side != "jax" and DEVICE.type == "cuda":
-        return first, torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_allocated() / 2**30
     stats = jax.local_devices()[0].memory_stats() if side == "jax" else None
-    return first, stats["peak_bytes_in_use"] / 2**30 if stats else parallel.peak_memory() - before
+    return stats["peak_bytes_in_use"] / 2**30 if stats else parallel.peak_memory() - before
 
 
 # The same step in PyTorch.
