@@ -49,7 +49,8 @@ def keep_compiled() -> None:
     be written to, none is kept either. Each machine has a folder of its own, since a home may be shared by machines
     whose processors differ.
     """
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    chosen, enabled = jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    if chosen or not enabled:
         return
     caches = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
     if not caches.is_absolute():  # there is no home
