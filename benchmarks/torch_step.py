@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--images", default="4+4", help="labelled + unlabelled images of a step")
     parser.add_argument("--size", type=int, default=128, help="rows and columns of a view")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--eager", action="store_true", help="leave out the compiled form, whose first step takes long")
     parser.add_argument("--memory", action="store_true", help="peak memory too, each side in a process of its own")
     parser.add_argument("--check", action="store_true", help="compare results, not times")
     args = parser.parse_args()
@@ -53,15 +54,15 @@ def main() -> None:
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = True  # as peers have it
 
-    memory = {}
-    for side in SIDES if args.memory else ():  # while this process is small
+    sides, memory = SIDES[:2] if args.eager else SIDES, {}
+    for side in sides if args.memory else ():  # while this process is small
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             memory[side] = process.submit(peak_memory, side, sizes, threads).result()
-    steps = {side: make_side(side, config) for side in SIDES}
+    steps = {side: make_side(side, config) for side in sides}
     first = {side: seconds(step) for side, step in steps.items()}
     for step in steps.values():
         step()
-    times: dict[str, list[float]] = {side: [] for side in SIDES}
+    times: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(args.repeats):
         for side, step in steps.items():
             times[side].append(seconds(step))
@@ -70,7 +71,7 @@ def main() -> None:
     print(f"{args.images} images of {args.size} x {args.size}, {CLASSES} classes, {device}, ", end="")
     print(f"{threads} threads, jax {jax.__version__}, torch {torch.__version__}, {args.repeats} rounds")
     print(f"{'':16}{'median':>9}{'least':>9}{'most':>9}{'first call':>12}{'memory':>10}   time to that of jax")
-    for side in SIDES:
+    for side in sides:
         ratios = [a / b for a, b in zip(times[side], times["jax"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         numbers = (statistics.median(times[side]), min(times[side]), max(times[side]))
