@@ -33,7 +33,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # jax and Orbax tell every step of their work at INFO
     try:
         parallel.initialise_hosts(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value)
-        parallel.keep_compiled()
+        if not _DRY_RUN.value:
+            parallel.keep_compiled()
         from sscl_jax import plan, train  # the devices are known from here on
 
         assert _WORKDIR.value  # required

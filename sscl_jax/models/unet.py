@@ -177,7 +177,7 @@ class Decoder(nn.Module):
         rank = x.ndim - 2
         features = [x]
         for skip, width in zip(levels[-2::-1], list(self.widths)[-2::-1], strict=True):
-            # A 2 x 2 transposed convolution of stride 2, written as a dense layer: the same sum, faster on CPU.
+            # A 2 x 2 transposed convolution of stride 2, with a bias for each corner, as a dense layer: faster on CPU.
             up = depth_to_space(nn.Dense(width * 2**rank)(x), rank)
             x = ConvBlock(width, self.norm, self.axis_name)(jnp.concatenate([skip, up], -1), train)
             features.insert(0, x)
