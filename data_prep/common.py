@@ -170,14 +170,8 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
     try:
         array, affine = source.image()
         shape, channels = array.shape[:3], array.shape[3]
-        if not _spans_space(affine):
-            problems.append(
-                f"{name}: its affine {np.round(affine[:3, :3], 3).tolist()} has no "
-                "volume: write the voxel sizes and directions into the header"
-            )
-        else:
-            spacing = _anatomical_spacing(affine)
-            warned += _image_warnings(name, array, affine)
+        spacing = _anatomical_spacing(nifti.check_affine(name, affine))
+        warned += _image_warnings(name, array, affine)
         for channel in range(channels):
             part = array[..., channel]
             if part.min() == part.max():
@@ -275,12 +269,6 @@ def _some(values: list) -> str:
 def _with_name(path: Path, error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if str(path) in text else f"{path}: {text}"
-
-
-def _spans_space(affine: np.ndarray) -> bool:
-    matrix = affine[:3, :3]
-    sizes = np.linalg.norm(matrix, axis=0)
-    return bool(np.isfinite(affine).all() and (sizes > 0).all()) and (abs(np.linalg.det(matrix / sizes)) > 1e-3)
 
 
 def _anatomical_spacing(affine: np.ndarray) -> tuple[float, float, float]:

@@ -349,17 +349,23 @@ def test_sheared_affine_is_read_with_a_warning(tmp_path):
     np.testing.assert_array_equal(nib.load(tmp_path / "m.nii").affine, actual)
 
 
-def test_singular_affine_is_refused_by_the_grid(tmp_path):
-    path = save(tmp_path / "a.nii", noise(), oblique_affine())
+@pytest.mark.parametrize("value", [0, np.nan, np.inf, 1e-30, 1e30])
+@pytest.mark.parametrize("place", ["slices", "origin"])
+def test_an_affine_without_volume_is_refused(tmp_path, place, value):
+    path = save(tmp_path / "a.nii", noise() % 3, np.eye(4), nib.Nifti2Image)
     content = bytearray(path.read_bytes())
-    struct.pack_into("<4f", content, 312, 0, 0, 0, 0)  # srow_z
+    (header,) = np.frombuffer(content, nib.Nifti2Header.template_dtype, 1)
+    if place == "slices":
+        header["pixdim"][3] = header["srow_z"][2] = value  # where they disagree, pixdim counts
+    else:
+        header["srow_z"][3] = value
     path.write_bytes(content)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image, affine, _ = read_image(path)
-    recipe = Recipe(label_values=(0, 1), class_names=("bg", "a"))
-    with pytest.raises(ValueError, match="singular"):
-        make_grid(image.shape[:3], affine, recipe)
+    for read in (read_image, read_label):
+        if place == "origin" and value < 1:
+            np.testing.assert_array_equal(read(path)[1][:3, 3], [0, 0, value])
+        else:
+            with pytest.raises(ValueError, match=r"a\.nii: its affine .* is not finite, or has no volume"):
+                read(path)
 
 
 def test_voxel_sizes_come_from_pixdim_where_the_sform_has_none(tmp_path):

@@ -17,6 +17,7 @@ from nibabel.affines import voxel_sizes
 
 MAX_VOXELS = 2**31
 MAX_LABELS = 256
+FAR = 1e9  # mm; no scan lies so far away, none has voxels of the inverse
 SHEAR = 2e-4  # radians; headers in float32 or with few digits stay below
 # Deflate cannot shrink by more than this factor, so a .gz file bounds the data that it holds.
 _DEFLATE_RATIO = 1032
@@ -36,8 +37,9 @@ def read_image(path: str | Path, channels: bool = False) -> tuple[np.ndarray, np
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: not NIfTI, damaged or truncated, RGB or complex, a shape other than the above, or
-        voxels that are not finite. A fourth axis of 3 or 4 bytes is taken for colour, never for time.
+      ValueError: not NIfTI, damaged or truncated, RGB or complex, a shape other than the above, voxels
+        that are not finite, or an affine that spans no volume. A fourth axis of 3 or 4 bytes is taken for
+        colour, never for time.
 
     Warns:
       UserWarning: the affine's axes are not at right angles (they are treated as if they were).
@@ -49,7 +51,7 @@ def read_image(path: str | Path, channels: bool = False) -> tuple[np.ndarray, np
             "voxel, or to int16 if the fourth axis holds channels or time points"
         )
     array = check_image(path, array, channels)
-    affine = _affine(image.header)
+    affine = check_affine(path, _affine(image.header))
     if warning := shear_warning(path, affine):
         warnings.warn(warning, stacklevel=2)
     return array, affine, image.header
@@ -68,7 +70,7 @@ def read_label(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         to be labels.
     """
     image, array = _load(path, None)
-    return check_label(path, array), _affine(image.header)
+    return check_label(path, array), check_affine(path, _affine(image.header))
 
 
 def read_channels(paths: Sequence[Path], read: Callable[[Path], tuple]) -> tuple:
@@ -137,6 +139,23 @@ def check_label(path: str | Path, array: np.ndarray) -> np.ndarray:
     if distinct > MAX_LABELS:
         raise ValueError(f"{path}: {distinct} distinct values, a label map has at most {MAX_LABELS}; is this an image?")
     return array
+
+
+@np.errstate(all="ignore")  # of what is damaged, any number can come
+def check_affine(path: str | Path, affine: np.ndarray) -> np.ndarray:
+    """What an affine of any format must be: finite, with three axes that span a volume. Returns it.
+
+    Raises:
+      ValueError: it is not, or its numbers are such as no scan has.
+    """
+    sizes = voxel_sizes(affine)
+    usable = bool((np.abs(affine) < FAR).all() and (sizes > 1 / FAR).all())  # False for NaN
+    if not usable or abs(np.linalg.det(affine[:3, :3] / sizes)) < 1e-3:
+        raise ValueError(
+            f"{path}: its affine {np.round(affine[:3], 3).tolist()} is not finite, or has no volume: write the voxel "
+            "sizes, directions and origin into the header"
+        )
+    return affine
 
 
 def shear_warning(path: str | Path, affine: np.ndarray) -> str:
@@ -252,6 +271,7 @@ def _load(path: str | Path, dtype: type | None) -> tuple[nib.Nifti1Image, np.nda
     return image, array.reshape(shape)
 
 
+@np.errstate(all="ignore")  # `check_affine` refuses what is not finite
 def _affine(header: nib.Nifti1Header) -> np.ndarray:
     """Voxel indices to mm: directions and origin of the affine, voxel sizes of pixdim where the two disagree.
 
