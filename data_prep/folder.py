@@ -259,7 +259,7 @@ def list_csv(file: Path) -> tuple[list[Scan], list[str]]:
         )
     scans, problems = [], []
     with_split = any((row.get("split") or "").strip() for row in rows)
-    seen: dict[str, int] = {}
+    seen: dict[str, tuple[int, Path]] = {}
     for number, row in enumerate(rows, start=2):
         cells = {key: (row.get(key) or "").strip() for key in ("image", "label", "patient", "split")}
         where = f"{file}, line {number}"
@@ -272,9 +272,11 @@ def list_csv(file: Path) -> tuple[list[Scan], list[str]]:
         parts = [part for part in listed.with_name(common.stem(listed)).parts if part not in ("/", "..")]
         case_id = "_".join(parts)
         if case_id in seen:
-            problems.append(f"{where}: is the same image as line {seen[case_id]}: remove one line")
+            line, other = seen[case_id]
+            same = f"is the same image as line {line}: remove one line"
+            problems.append(f"{where}: {same if other == listed else f'{listed} has the name of {other}: rename one'}")
             continue
-        seen[case_id] = number
+        seen[case_id] = number, listed
         label = file.parent / cells["label"] if cells["label"] else None
         scans.append(Scan(case_id, file.parent / listed, label, cells["patient"], cells["split"]))
     return scans, problems

@@ -138,8 +138,12 @@ def predict_file(
       ValueError: the scan cannot be read, or has not the channels trained on; names the file.
     """
     channels = network.meta["channels"]
-    image, affine, header = read_scan([scan] if isinstance(scan, Path) else scan, channels)
-    grid = recipes.make_grid(image.shape[:3], affine, network.recipe)
+    paths = [scan] if isinstance(scan, Path) else scan
+    image, affine, header = read_scan(paths, channels)
+    try:
+        grid = recipes.make_grid(image.shape[:3], affine, network.recipe)
+    except ValueError as error:
+        raise ValueError(f"{paths[0]}: {error}") from error
     frames = [image[..., i : i + 1] for i in range(image.shape[-1])] if channels == 1 else [image]
     masks = []
     for frame in frames:
@@ -180,13 +184,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     predict = evaluate.make_predictor(network.model, tuple(network.config.data.patch_size), args.overlap)
     print(f"{network.path}, {network.name}: {len(scans)} scan(s)")
+    originals = {path.resolve() for scan in scans for path in scan.paths}
     failed = 0
     for scan in scans:
         start = time.monotonic()
         target = args.output / scan.mask
         try:
-            if target.resolve() in [path.resolve() for path in scan.paths]:
-                raise ValueError(f"{target}: the mask would replace the scan; choose another --output.")
+            if target.resolve() in originals:
+                raise ValueError(f"{target}: the mask would replace a scan; choose another --output.")
             predict_file(network, predict, scan.paths, target)
             print(f"{target}  {time.monotonic() - start:.2f} s", flush=True)
         except (ValueError, OSError) as error:

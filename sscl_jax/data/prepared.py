@@ -241,11 +241,12 @@ def write_prepared(
         "inputs": inputs,
         "skipped": list(skipped),
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial_folder(output)
+    place = output.resolve()  # where --output is a link, it stays one
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial_folder(place)
     try:
         _write_records(partial, sources, recipe, metadata)
-        os.rename(partial, output)  # the mark of a whole dataset
+        os.rename(partial, place)  # the mark of a whole dataset
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return open_prepared(output)
@@ -308,7 +309,11 @@ def _prepare_case(source: CaseSource, recipe: Recipe) -> dict:
     """Reads and preprocesses one case: the fields of its record, without `index`."""
     name = source.image_paths[0]
     array, affine = source.image()
-    grid = recipes.make_grid(array.shape[:3], affine, recipe)
+    try:
+        grid = recipes.make_grid(array.shape[:3], affine, recipe)
+        image = recipes.prepare_image(array, grid, recipe)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     label = native_label = np.zeros((0, 0, 0), dtype=np.uint8)
     if source.label_path is not None:
         values, *_ = source.read_label(source.label_path)
@@ -321,10 +326,6 @@ def _prepare_case(source: CaseSource, recipe: Recipe) -> dict:
             label = recipes.prepare_label(values, grid, recipe)
         except ValueError as error:
             raise ValueError(f"{source.label_path}: {error}") from error
-    try:
-        image = recipes.prepare_image(array, grid, recipe)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
     return {
         "case_id": source.case_id,
         "patient_id": source.patient_id,

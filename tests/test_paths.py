@@ -1,0 +1,172 @@
+"""Names of files and folders: whatever they are, nothing is written outside the output folder."""
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel
+import numpy as np
+import pytest
+
+from configs import base
+from data_prep import folder
+from sscl_jax import evaluate, experiment, predict
+from sscl_jax.data.prepared import open_prepared
+from sscl_jax.data.recipe import Recipe
+
+NAMES = ["p1 knee left", "p2_Zoë·Ōe", "p3[1] {x} %s $HOME", "p4.v2;'quoted'", "-p5", "p6_膝"]
+
+
+def write_scan(path, seed=0, label=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng([seed, label])
+    array = rng.integers(0, 3, (9, 8, 4)).astype(np.uint8) if label else rng.normal(100, 20, (9, 8, 4)).astype("f4")
+    nibabel.save(nibabel.Nifti1Image(array, np.diag([1.0, 1.0, 4.0, 1.0])), path)
+    return path
+
+
+def files_of(root):
+    """Contents of all files below a folder, by path, links not followed; None for folders and links."""
+    return {p: None if p.is_symlink() or p.is_dir() else p.read_bytes() for p in sorted(root.rglob("*"))}
+
+
+def assert_only_new_in(output, root, before):
+    after = files_of(root)
+    new = {p for p in after if after[p] != before.get(p, "")}
+    assert new and all(p == output or output in p.parents for p in new), new
+    assert before.keys() <= after.keys()
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """A network that sees class 1 everywhere, in place of a checkpoint's."""
+    recipe = Recipe(spacing=(None, None, None), label_values=(0, 1), class_names=("background", "knee"))
+    network = SimpleNamespace(
+        recipe=recipe, config=base.get_config(), variables=None, meta={"channels": 1}, model=None, path="", name="stub"
+    )
+    monkeypatch.setattr(experiment, "load_networks", lambda *_: {"teacher": network})
+    ones = lambda _, image: np.broadcast_to(np.float32([0, 1]), (*image.shape[:3], 2))  # noqa: E731
+    monkeypatch.setattr(evaluate, "make_predictor", lambda *_: ones)
+
+
+def run_predict(source, output):
+    predict.main(["--checkpoint=none", f"--input={source}", f"--output={output}"])
+
+
+def test_prepare_writes_names_of_any_kind_only_where_it_should(tmp_path):
+    for seed, name in enumerate(NAMES):
+        write_scan(tmp_path / "in" / "images" / f"{name}.nii.gz", seed)
+        write_scan(tmp_path / "in" / "labels" / f"{name}.nii.gz", seed, label=True)
+    before = files_of(tmp_path)
+    output = tmp_path / "out [1] ü"
+    folder.prepare(output, tmp_path / "in", val_fraction=0, test_fraction=0)
+    assert_only_new_in(output, tmp_path, before)
+    assert sorted(case.case_id for case in open_prepared(output).cases) == sorted(NAMES)
+
+
+def test_prepare_reads_through_links_and_writes_through_none(tmp_path):
+    for seed in range(2):
+        real = write_scan(tmp_path / "elsewhere" / f"image{seed}.nii.gz", seed)
+        mask = write_scan(tmp_path / "elsewhere" / f"mask{seed}.nii.gz", seed, label=True)
+        for kind, target in (("images", real), ("labels", mask)):
+            (tmp_path / "in" / kind).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "in" / kind / f"p{seed}.nii.gz").symlink_to(target)
+    before = files_of(tmp_path)
+    folder.prepare(tmp_path / "out", tmp_path / "in", val_fraction=0, test_fraction=0)
+    assert_only_new_in(tmp_path / "out", tmp_path, before)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_prepare_into_a_link_to_a_folder(there, tmp_path):
+    for seed in range(2):
+        write_scan(tmp_path / "in" / "images" / f"p{seed}.nii.gz", seed)
+        write_scan(tmp_path / "in" / "labels" / f"p{seed}.nii.gz", seed, label=True)
+    (tmp_path / "big disk").mkdir()
+    if there:
+        (tmp_path / "big disk" / "data").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "big disk" / "data")
+    before = files_of(tmp_path)
+    folder.prepare(tmp_path / "out", tmp_path / "in", val_fraction=0, test_fraction=0)
+    assert_only_new_in(tmp_path / "big disk" / "data", tmp_path, before)
+    assert len(open_prepared(tmp_path / "out").cases) == 2 and (tmp_path / "out").is_symlink()
+
+
+def test_case_names_of_a_list_cannot_leave_a_folder(tmp_path):
+    listed = ["../../above/p1.nii.gz", "a/../../p2.nii.gz", str(tmp_path / "absolute" / "p3.nii.gz"), "./b/p4.nii.gz"]
+    home = tmp_path / "lists" / "deep"
+    home.mkdir(parents=True)
+    (home / "a").mkdir()
+    with open(home / "list.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "label", "patient"])
+        for seed, name in enumerate(listed):
+            write_scan(home / name, seed)
+            label = Path(name).with_name(f"mask{seed}.nii.gz")
+            write_scan(home / label, seed, label=True)
+            rows.writerow([name, label, "../../../patient" + str(seed)])
+    before = files_of(tmp_path)
+    folder.prepare(tmp_path / "out", csv_file=home / "list.csv", val_fraction=0, test_fraction=0)
+    assert_only_new_in(tmp_path / "out", tmp_path, before)
+    names = [case.case_id for case in open_prepared(tmp_path / "out").cases]
+    assert len(names) == 4 and all(Path(name).name == name and name not in ("..", ".") for name in names)
+
+
+def test_two_images_of_a_list_that_would_have_one_name_are_told(tmp_path):
+    for seed, name in enumerate(("a/b.nii", "../a/b.nii")):
+        write_scan(tmp_path / "lists" / name, seed)
+    (tmp_path / "lists" / "list.csv").write_text("image\na/b.nii\n../a/b.nii\n")
+    _, (problem,) = folder.list_csv(tmp_path / "lists" / "list.csv")
+    assert "line 3: ../a/b.nii has the name of a/b.nii: rename one" in problem
+
+
+def test_predict_writes_names_of_any_kind_only_where_it_should(stub, tmp_path):
+    for seed, name in enumerate(NAMES):
+        write_scan(tmp_path / "in" / f"sub {seed}" / f"{name}.nii.gz", seed)
+    real = write_scan(tmp_path / "elsewhere" / "real.nii.gz")
+    (tmp_path / "in" / "link.nii.gz").symlink_to(real)
+    (tmp_path / "in" / "up.nii.gz").symlink_to(Path("..") / "elsewhere" / "real.nii.gz")
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    before = files_of(tmp_path)
+    run_predict(tmp_path / "in", tmp_path / "out ü")
+    assert_only_new_in(tmp_path / "out ü", tmp_path, before)
+    masks = sorted(str(p.relative_to(tmp_path / "out ü")) for p in (tmp_path / "out ü").rglob("*.nii.gz"))
+    assert masks == sorted([*(f"sub {i}/{name}.nii.gz" for i, name in enumerate(NAMES)), "link.nii.gz", "up.nii.gz"])
+
+
+@pytest.mark.parametrize("given", ["in/../in/a.nii.gz", "in/sub/../a.nii.gz", "in/sub/..", "in/."])
+def test_predict_of_a_path_with_dots_stays_in_its_output(stub, given, tmp_path):
+    write_scan(tmp_path / "in" / "a.nii.gz")
+    (tmp_path / "in" / "sub").mkdir()
+    before = files_of(tmp_path)
+    run_predict(tmp_path / given, tmp_path / "out")
+    assert_only_new_in(tmp_path / "out", tmp_path, before)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.nii.gz"]
+
+
+def test_a_mask_replaces_a_link_and_not_the_file_it_leads_to(stub, tmp_path):
+    scan = write_scan(tmp_path / "in" / "a.nii.gz")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.nii.gz").symlink_to(write_scan(tmp_path / "precious.nii.gz", 1))
+    precious = (tmp_path / "precious.nii.gz").read_bytes()
+    run_predict(scan, tmp_path / "out")
+    assert (tmp_path / "precious.nii.gz").read_bytes() == precious
+    assert not (tmp_path / "out" / "a.nii.gz").is_symlink()
+
+
+def test_predict_never_replaces_another_scan_either(stub, tmp_path, capsys):
+    """The masks' folder leads back to the scans, so that one scan's mask would take the place of another."""
+    scans = [write_scan(tmp_path / "in" / name, i) for i, name in enumerate(("a.nii.gz", "sub/a.nii.gz"))]
+    before = files_of(tmp_path)
+    with pytest.raises(SystemExit, match="1 of 2 scans could not"):
+        run_predict(tmp_path / "in", tmp_path / "in" / "sub")
+    assert "would replace a scan" in capsys.readouterr().err
+    assert all(path.read_bytes() == before[path] for path in scans)
+
+
+def test_a_name_that_is_not_unicode_is_segmented(stub, tmp_path):
+    try:
+        scan = write_scan(tmp_path / "in" / "a.nii.gz").rename(tmp_path / "in" / "a\udcff.nii.gz")
+    except OSError:
+        pytest.skip("this file system takes Unicode only")
+    run_predict(tmp_path / "in", tmp_path / "out")
+    assert (tmp_path / "out" / scan.name).is_file()
