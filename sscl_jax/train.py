@@ -1,6 +1,8 @@
 """The loop: the only Python that runs once a step."""
 
+import contextlib
 import csv
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -73,8 +75,39 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
       FloatingPointError: the loss is not finite; names the step and its cases.
     """
     config, dataset, roles = open_data(config)
-    held = classes_held(dataset, roles.labeled + roles.val)
     make_folder(workdir, "--workdir")
+    with alone_in(workdir) if parallel.is_main_process() else contextlib.nullcontext():
+        return _train(config, workdir, dataset, roles)
+
+
+@contextlib.contextmanager
+def alone_in(workdir: Path) -> Iterator[None]:
+    """Refuses a folder in which a training runs, and keeps others out. The system unlocks when a process dies.
+
+    Raises:
+      OSError: another training runs there, or the folder cannot be written.
+    """
+    try:
+        file = open(workdir / ".lock", "w")
+    except OSError as error:
+        raise OSError(f"--workdir={workdir} cannot be written ({error.strerror}): choose another folder.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(
+                f"--workdir={workdir}: another training runs in this folder: wait for its end, or choose another."
+            ) from error
+        except OSError:  # some network file systems have no locks
+            pass
+        yield
+
+
+def _train(
+    config: ConfigDict, workdir: Path, dataset: PreparedDataset, roles: Roles
+) -> dict[str, dict[str, metrics.Summary]]:
+    """See `train`."""
+    held = classes_held(dataset, roles.labeled + roles.val)
 
     # The state: restored, or new.
     last, best = Checkpoints(workdir, "last"), Checkpoints(workdir, "best")

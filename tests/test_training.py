@@ -1,11 +1,15 @@
 """Whole trainings on tiny phantoms, within this process; what they compile they share."""
 
 import csv
+import errno
 import itertools
 import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import jax
 import nibabel
@@ -285,6 +289,61 @@ def test_what_is_only_shown_may_change(trained, tiny_config, no_tables, tmp_path
     train.train(tiny_config(log_every=7, save_every=3), tmp_path / "copy")
 
 
+def test_a_folder_in_which_a_training_runs_is_refused_until_it_ends(tiny_config, no_tables, tmp_path, monkeypatch):
+    config = tiny_config("supervised", steps=2)
+    files = []
+
+    def start_another():
+        files.append(sorted(tmp_path.rglob("*")))
+        with pytest.raises(OSError, match=f"--workdir={tmp_path}: another training runs in this folder: wait"):
+            train.train(config, tmp_path)
+        files.append(sorted(tmp_path.rglob("*")))
+        raise RuntimeError("power cut")
+
+    interrupt(monkeypatch, start_another, 1)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train.train(config, tmp_path)
+    assert files[0] == files[1]
+    train.train(config, tmp_path)
+    assert Checkpoints(tmp_path, "last").steps() == [2]
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tiny_config, no_tables, tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(train.fcntl, "flock", no_locks)
+    train.train(tiny_config("supervised", steps=2), tmp_path)
+
+
+@pytest.mark.end_to_end
+def test_a_killed_process_goes_on_to_the_same_bits(trained, tiny_config, no_tables, phantom_data, tmp_path):
+    """Once while a checkpoint is being written, once after a later one; benchmarks/kill.py does so by the hundred."""
+    workdir = tmp_path / "run"
+    script = (
+        f"import sys; sys.path[:0] = {[os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]!r}\n"
+        "import conftest, pathlib; from sscl_jax import train\n"
+        f"train.train(conftest.tiny({str(phantom_data)!r}), pathlib.Path({str(workdir)!r}))"
+    )
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    for moment in ("checkpoints/last/25.orbax-checkpoint-tmp", "checkpoints/last/50"):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script],
+            env=env,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        while process.poll() is None and not (workdir / moment).exists():
+            time.sleep(0.001)
+        os.killpg(process.pid, signal.SIGKILL)
+        _, err = process.communicate()
+        assert process.returncode == -signal.SIGKILL, err
+    assert 0 < Checkpoints(workdir, "last").steps()[-1] < 120
+    train.train(tiny_config(), workdir)
+    assert_same_training(workdir, trained[0], tiny_config())
+
+
 # ----------------------------------------------------------------------------------------- labels that must not be read
 
 
@@ -383,6 +442,18 @@ def test_a_batch_that_does_not_divide_over_the_devices(tiny_config, tmp_path, mo
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     with pytest.raises(ValueError, match="a batch of 2 does not divide over 4 devices.*multiples of 4"):
         train.train(tiny_config(), tmp_path)
+
+
+def test_a_workdir_that_cannot_be_written(tiny_config, tmp_path, monkeypatch):
+    def read_only(path, *args, **kwargs):  # the user who runs the tests may be root
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(train, "open", read_only, raising=False)
+    with pytest.raises(
+        OSError, match=r"--workdir=.* cannot be written \(Read-only file system\): choose another folder"
+    ):
+        train.train(tiny_config(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_workdir_that_is_a_file(tiny_config, tmp_path):
