@@ -36,3 +36,11 @@ def test_commands_name_modules_configs_and_methods_that_exist(path):
         assert method in ("", "METHOD", *base.METHODS), method
     for field in re.findall(r"--config\.([a-z_.]+)=", text):
         assert field in experiment.flat_config(base.get_config()), field
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_tests_and_benchmarks_that_are_cited_exist(path):
+    text = path.read_text(encoding="utf-8")
+    for file, name in re.findall(r"((?:tests|benchmarks)/\w+\.py)(?:::(\w+))?", text):
+        assert (ROOT / file).is_file(), file
+        assert f"def {name}" in (ROOT / file).read_text(encoding="utf-8"), name
