@@ -30,18 +30,17 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import common
-from data_prep.folder import Scan, draw_splits
+from data_prep.folder import draw_splits
 from sscl_jax import cli
 from sscl_jax.data import formats, nifti
-from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset
+from sscl_jax.data.prepared import CaseSource, PreparedDataset
 from sscl_jax.data.recipe import Recipe
 
-MR_CLASSES = ("background", "liver", "right kidney", "left kidney", "spleen")
-MR_VALUES = (0, 63, 126, 189, 252)
+MR_CLASSES = {0: "background", 63: "liver", 126: "right kidney", 189: "left kidney", 252: "spleen"}
 MR_RANGES = ((0, 0), (55, 70), (110, 135), (175, 200), (240, 255))  # of grey values, ends included
-CT_CLASSES = ("background", "liver")
-CT_VALUES = (0, 255)
+CT_CLASSES = {0: "background", 255: "liver"}
 CT_RANGES = ((0, 0), (1, 255))  # a mask may hold 1 or 255
+CLASSES = {"ct": CT_CLASSES, "t1": MR_CLASSES, "t2": MR_CLASSES}
 
 SEED = 1  # of the draw: one that leaves enough for val and test
 # Folders of the images, below that of the patient, and of the masks.
@@ -77,34 +76,26 @@ def prepare(
     Raises:
       ValueError, FileNotFoundError: the files or the splits do not fit.
     """
-    folders, problems = find_patients(Path(input_dir), modality)
-    ground = FOLDERS[modality][2]
+    sources, problems = list_sources(Path(input_dir), modality)
     if splits is not None:
         patients = common.read_splits(splits)
-        common.tell_missing(patients, folders, splits)
+        common.tell_missing(patients, {source.patient_id for source in sources}, splits)
     else:
-        scans = [Scan(p, f, f / ground if (f / ground).is_dir() else None, p) for p, f in folders.items()]
-        patients, more = draw_splits(scans, 0.2, 0.2, seed)
+        patients, more = draw_splits(sources, 0.2, 0.2, seed)
         problems += more
-    sources = [
-        case_of(patient, split, folders[patient], modality)
-        for split in SPLITS
-        for patient in patients[split]
-        if patient in folders
-    ]
     recipe = Recipe(
         orientation="SPL",
         spacing=(None, spacing, spacing),
         intensity="ct" if modality == "ct" else "mr",
         window=window,
-        label_values=CT_VALUES if modality == "ct" else MR_VALUES,
-        class_names=CT_CLASSES if modality == "ct" else MR_CLASSES,
+        label_values=tuple(CLASSES[modality]),
+        class_names=tuple(CLASSES[modality].values()),
     )
     return common.build(output, sources, recipe, patients, f"chaos_{modality}", problems, skip_bad)
 
 
-def find_patients(input_dir: Path, modality: str) -> tuple[dict[str, Path], list[str]]:
-    """Folder of each patient id, in the order of their numbers; problems, one line each."""
+def list_sources(input_dir: Path, modality: str) -> tuple[list[CaseSource], list[str]]:
+    """The case of each patient, in the order of their numbers; problems, one line each."""
     part, images, _ = FOLDERS[modality]
     bases = [input_dir / level / part for level in ("", "Train_Sets", "Test_Sets")]
     found = [folder for base in bases for folder in base.glob("[!.]*") if folder.is_dir()]
@@ -121,17 +112,17 @@ def find_patients(input_dir: Path, modality: str) -> tuple[dict[str, Path], list
             problems.append(f"{folder}: has no {' and no '.join(absent)}: restore it or remove the patient")
         elif first != folder:
             problems.append(f"{folder}: is the same patient as {first}: remove one of them")
-    return folders, problems
+    return [case_of(patient, folder, modality) for patient, folder in folders.items()], problems
 
 
-def case_of(patient: str, split: str, folder: Path, modality: str) -> CaseSource:
+def case_of(patient: str, folder: Path, modality: str) -> CaseSource:
     """The case of one patient; unlabelled where there is no folder of masks."""
     _, images, ground = FOLDERS[modality]
     label = folder / ground
     return CaseSource(
         f"{modality}_{patient}",
         patient,
-        split,
+        "all",
         tuple(folder / image for image in images),
         label if label.is_dir() else None,
         # A folder is a series by its place; the anonymised headers may number every file as its own.
@@ -163,8 +154,8 @@ def read_ground(folder: Path, dicom: Path, modality: str) -> tuple[np.ndarray, n
         raise ValueError(f"{folder}: its masks have different sizes, {sorted(shapes)}: restore them")
     grey = np.stack(planes, axis=-1)
     label = np.full(grey.shape, -1, np.int16)
-    values, ranges = (CT_VALUES, CT_RANGES) if modality == "ct" else (MR_VALUES, MR_RANGES)
-    for value, (low, high) in zip(values, ranges, strict=True):
+    ranges = CT_RANGES if modality == "ct" else MR_RANGES
+    for value, (low, high) in zip(CLASSES[modality], ranges, strict=True):
         label[(grey >= low) & (grey <= high)] = value
     if (label < 0).any():
         file = masks[names.index(files[int(np.argwhere(label < 0)[0, 2])])]

@@ -2,28 +2,29 @@
 
     python -m data_prep.check DIR
 
-DIR is a prepared dataset, ACDC's archive, a folder with dataset.json as in the Medical Segmentation Decathlon, a folder
-with images/ and labels/ (or imagesTr/ and labelsTr/), any folder of NIfTI files (a mask is called as its image, with
-_gt, _seg, _mask or _label behind it), or a CSV list as data_prep.folder takes it.
+DIR is a prepared dataset, a folder in the layout of any preparer (`python -m data_prep --help` lists them), any folder
+of NIfTI files (a mask is called as its image, with _gt, _seg, _mask or _label behind it), or a CSV list as
+data_prep.folder takes it. Forms and modalities that make a data set each are reported one after the other.
 
 An error makes a case useless, a warning is to be looked at. `prepare` of every layout makes the same checks. Below them
 stands how many cases hold each class, by split where DIR says which those are. Exit status 1 if there is an error.
 """
 
 import functools
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from data_prep import acdc, common, folder, msd
+from data_prep import acdc, chaos, common, folder, la2018, mmwhs, msd, ssl4mis, synapse
 from data_prep.common import CaseFacts
 from data_prep.folder import Scan
 from sscl_jax import cli
-from sscl_jax.data import nifti
 from sscl_jax.data.prepared import SPLITS, Case, CaseSource, PreparedDataset, map_ahead, open_prepared
 
 MASK_ENDINGS = ("_gt", "_seg", "_mask", "_label")
@@ -49,8 +50,8 @@ class Findings(NamedTuple):
     warnings: list[str]
 
 
-def check(path: Path) -> Findings:
-    """Recognises what `path` is and reads all of it.
+def check(path: Path) -> list[Findings]:
+    """Recognises what `path` is and reads all of it: one data set, or one for each modality or form that is there.
 
     Raises:
       FileNotFoundError, ValueError: it is nothing that can be checked, or a prepared dataset that cannot be opened.
@@ -58,21 +59,25 @@ def check(path: Path) -> Findings:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give the folder of a data set")
     if (path / "metadata.json").is_file() or (path / "cache" / "index.json").is_file():
-        return check_prepared(path)
+        return [check_prepared(path)]
     if any(path.glob("training/patient*")) or any(path.glob("database/training/patient*")):
-        return check_acdc(path)
+        return [check_acdc(path)]
     if (path / "dataset.json").is_file():
-        return check_msd(path)
+        return [check_msd(path)]
     if path.is_file() and path.suffix == ".csv":
-        return check_scans("CSV list", *folder.list_csv(path), [])
+        return [check_scans("CSV list", *folder.list_csv(path), [])]
     if (path / "images").is_dir() or (path / "imagesTr").is_dir():
         others = [f"{other}: is no NIfTI file: it is ignored" for other in folder.other_files(path)]
-        return check_scans("folder of images and masks", *folder.list_folder(path), others)
+        return [check_scans("folder of images and masks", *folder.list_folder(path), others)]
+    if any(path.glob("data/*.h5")) or any(path.glob("data/slices/*.h5")):
+        return [check_ssl4mis(path)]
+    if found := check_archives(path):
+        return found
     if scans := list_nifti(path):
-        return check_scans("folder of NIfTI files", scans, [], [])
+        return [check_scans("folder of NIfTI files", scans, [], [])]
     raise FileNotFoundError(
         f"{path}: nothing there that is known ({_few([p.name for p in sorted(path.glob('*'))]) or 'empty'}): give the "
-        "folder of a data set; for other layouts run their prepare, which makes the same checks"
+        "folder of a data set, as `python -m data_prep` lists them"
     )
 
 
@@ -119,34 +124,56 @@ def check_msd(path: Path) -> Findings:
     content, problems = msd.read_description(path / "dataset.json")
     names, more = msd.read_labels(content, path / "dataset.json")
     channels, _, wrong = msd.read_modality(content, path / "dataset.json", None)
-    training, unpaired = msd.list_training(path, content)
-    test, missing = msd.list_test(path, content)
-    problems += more + wrong + unpaired + missing + msd.check_unlisted(path, training + test, len(channels))
-    msd.tell_oddities(path, training, content)
-    scans, more = msd.whole_cases([*(scan for scan in training if scan.label), *test], len(channels))
-    problems += more
-    splits = common.read_splits(path / "splits.json") if (path / "splits.json").is_file() else None
-    split_of = {patient: split for split, ids in (splits or {}).items() for patient in ids}
-    sources = []
-    for scan in scans:
-        files = msd.channel_files(scan.image, len(channels))
-        read = functools.partial(msd.read_image, count=len(channels) // len(files), names=channels)
-        split = split_of.get(scan.case_id, "none") if splits else "all"
-        sources.append(CaseSource(scan.case_id, scan.case_id, split, files, scan.label, read))
+    sources, unpaired = msd.list_sources(path, content, channels)
+    if (path / "splits.json").is_file():
+        sources = common.put_into_splits(sources, common.read_splits(path / "splits.json"), "none")
+    problems += more + wrong + unpaired
     return check_sources("Medical Segmentation Decathlon", sources, names or None, problems, [])
+
+
+def check_archives(path: Path) -> list[Findings]:
+    """Reads what the preparers know whose archives hold several data sets, one for each form or modality."""
+    layouts: list[tuple[str, ModuleType, tuple[str, ...], dict[int, str]]] = [
+        *(("left atrium 2018", la2018, (form,), names) for form, names in la2018.CLASSES.items()),
+        *(("CHAOS", chaos, (modality,), names) for modality, names in chaos.CLASSES.items()),
+        *(("MM-WHS", mmwhs, (modality,), mmwhs.CLASSES) for modality in ("ct", "mr")),
+        ("Synapse", synapse, (), synapse.ORGANS),
+    ]
+    findings = []
+    for kind, module, options, names in layouts:
+        try:
+            sources, problems = module.list_sources(path, *options)
+        except FileNotFoundError:
+            continue  # not there
+        if module is la2018:
+            sources = common.put_into_splits(sources, common.read_splits(la2018.PACKAGED_SPLITS), "none")
+        if module is synapse:
+            patients = folder.read_splits(sources, synapse.PACKAGED_SPLITS)
+            sources = common.put_into_splits(sources, patients, "none")
+        findings.append(check_sources(", ".join([kind, *options]), sources, names, problems, []))
+    return findings
+
+
+def check_ssl4mis(path: Path) -> Findings:
+    """Reads the files of SSL4MIS's layout, those that its lists leave out as well."""
+    sources = ssl4mis.list_sources(path, spacing=(1.0, 1.0, 1.0))  # any will do: nothing here is measured in mm
+    problems: list[str] = []
+    try:
+        sources, _, problems = ssl4mis.take_lists(sources, path)
+    except FileNotFoundError as error:
+        problems = [str(error)]
+    is_acdc = all(re.fullmatch(r"patient\d{3}_frame\d\d", source.case_id) for source in sources)
+    names = dict(enumerate(ssl4mis.CLASSES)) if is_acdc else None
+    told = f"{path}: its files hold no voxel size: prepare asks for it with --spacing"
+    return check_sources("SSL4MIS", sources, names, problems, [told])
 
 
 def check_scans(kind: str, scans: Sequence[Scan], problems: Sequence[str], others: Sequence[str]) -> Findings:
     """Reads listed scans."""
     joined, told = folder.join_patients(list(scans))
     named, more = folder.name_patients(joined, None)
-    read = functools.partial(nifti.read_image, channels=False)
-    sources = [
-        CaseSource(scan.case_id, scan.patient, scan.split or "all", (scan.image, *scan.channels), scan.label, read)
-        for scan in named
-    ]
-    if any(scan.split for scan in named):
-        more += folder.listed_splits(named)[1]
+    sources = folder.to_sources(named)
+    more += folder.listed_splits(sources)[1]
     return check_sources(kind, sources, None, [*problems, *more], [*others, *told])
 
 
@@ -226,9 +253,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.make_parser("data_prep.check", __doc__)
     parser.add_argument("path", type=Path, metavar="DIR", help="see above")
     path = cli.parse(parser, argv).path
-    text, errors = report(path, check(path))
-    print(text)
-    sys.exit(1 if errors else 0)
+    reports = [report(path, findings) for findings in check(path)]
+    print("\n\n".join(text for text, _ in reports))
+    sys.exit(1 if any(errors for _, errors in reports) else 0)
 
 
 if __name__ == "__main__":

@@ -156,6 +156,15 @@ def tell_missing(patients: dict[str, list[str]], present: Collection[str], split
         print(f"ignored: {len(unlisted)} patients that are in no split ({few(unlisted)})")
 
 
+def put_into_splits(
+    sources: Sequence[CaseSource], patients: dict[str, list[str]], rest: str | None = None
+) -> list[CaseSource]:
+    """Cases with the split of their patient; those of patients in no split are left out, or get the split `rest`."""
+    split_of = {patient: split for split in SPLITS for patient in patients[split]}
+    found = ((source, split_of.get(source.patient_id, rest)) for source in sources)
+    return [replace(source, split=split) for source, split in found if split]
+
+
 def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFacts:
     """Reads the files of one case in full and compares them with each other.
 
@@ -188,7 +197,7 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
             values = frozenset(np.unique(label).tolist())
             warned += _label_warnings(source.label_path, values)
             problems += _label_problems(source, label.shape, label_affine, shape, affine)
-            allowed = sorted(values) if label_values is None else list(label_values)
+            allowed = sorted(values if label_values is None else label_values)
             unknown = sorted(values.difference(allowed))
             if unknown:
                 problems.append(
@@ -350,7 +359,7 @@ def build(
 
     Args:
       output: folder to make.
-      sources: the cases.
+      sources: the cases, whatever their split; those of patients in no split are left out.
       recipe: preprocessing; masks may hold its label values.
       patients: ordered patients of each split.
       name: of the dataset.
@@ -361,6 +370,7 @@ def build(
       Problems: see `check_cases`.
       ValueError: see `write_prepared`.
     """
+    sources = put_into_splits(sources, patients)
     good, _, found = check_cases(sources, recipe.label_values, problems, skip_bad)
     dataset = write_prepared(output, good, recipe, patients, name, found)
     print(summary(dataset))

@@ -125,23 +125,16 @@ def prepare(
             print(f"warning: {line}")
     scans, more = name_patients(scans, patient_pattern)
     problems += more
+    sources = to_sources(scans, channels)
     wrong: list[str] = []  # with the splits, whatever cases are left out
     if splits is not None:
         patients = listed
-        common.tell_missing(patients, {scan.patient for scan in scans}, splits)
+        common.tell_missing(patients, {source.patient_id for source in sources}, splits)
     elif any(scan.split for scan in scans):
-        patients, wrong = listed_splits(scans)
+        patients, wrong = listed_splits(sources)
     else:
-        patients, wrong = draw_splits(scans, val_fraction, test_fraction, seed)
-    read_image = functools.partial(nifti.read_image, channels=channels)
-    split_of = {patient: split for split in SPLITS for patient in patients[split]}
-    sources = [
-        CaseSource(
-            scan.case_id, scan.patient, split_of[scan.patient], (scan.image, *scan.channels), scan.label, read_image
-        )
-        for scan in scans
-        if scan.patient in split_of
-    ]
+        patients, wrong = draw_splits(sources, val_fraction, test_fraction, seed)
+    sources = common.put_into_splits(sources, patients)
     sources, facts, skipped = common.check_cases(sources, label_values, problems + wrong, skip_bad and not wrong)
     if label_values is None:
         label_values = sorted({0}.union(*(fact.values for fact in facts)))
@@ -335,39 +328,56 @@ def name_patients(scans: list[Scan], pattern: str | None) -> tuple[list[Scan], l
     return named, problems
 
 
-def listed_splits(scans: list[Scan]) -> tuple[dict[str, list[str]], list[str]]:
+def to_sources(scans: Sequence[Scan], channels: bool = False) -> list[CaseSource]:
+    """Cases of listed scans, in the split that the list says, else "all"; `channels`: see `prepare`."""
+    read = functools.partial(nifti.read_image, channels=channels)
+    return [
+        CaseSource(scan.case_id, scan.patient, scan.split or "all", (scan.image, *scan.channels), scan.label, read)
+        for scan in scans
+    ]
+
+
+def listed_splits(sources: Sequence[CaseSource]) -> tuple[dict[str, list[str]], list[str]]:
     """Patients by the split column, in the order of the list; problems, one line each."""
     split_of: dict[str, str] = {}
     problems = []
-    for scan in scans:
-        if scan.split in SPLITS and split_of.setdefault(scan.patient, scan.split) != scan.split:
+    for source in sources:
+        patient, split = source.patient_id, source.split
+        if split in SPLITS and split_of.setdefault(patient, split) != split:
             problems.append(
-                f"patient {scan.patient}: is in two splits, {split_of[scan.patient]} and "
-                f"{scan.split} ({scan.image}): give all images of a patient the same split"
+                f"patient {patient}: is in two splits, {split_of[patient]} and "
+                f"{split} ({source.image_paths[0]}): give all images of a patient the same split"
             )
     patients = {split: [p for p, s in split_of.items() if s == split] for split in SPLITS}
     return patients, problems
 
 
 def take_splits(
-    scans: list[Scan], splits: Path | None, val_fraction: float = 0.2, test_fraction: float = 0.2, seed: int = 0
+    sources: Sequence[CaseSource],
+    splits: Path | None,
+    val_fraction: float = 0.2,
+    test_fraction: float = 0.2,
+    seed: int = 0,
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """Patients by a split file, or else drawn; problems, one line each.
-
-    Patients without masks whom the file does not list are for training, at the end of its list.
-    """
+    """Patients by a split file, see `read_splits`, or else drawn; problems, one line each."""
     if splits is None:
-        return draw_splits(scans, val_fraction, test_fraction, seed)
-    patients = common.read_splits(splits)
-    listed = {patient for ids in patients.values() for patient in ids}
-    with_mask = {scan.patient for scan in scans if scan.label is not None}
-    patients["train"] += sorted({scan.patient for scan in scans} - with_mask - listed)
-    common.tell_missing(patients, {scan.patient for scan in scans}, splits)
+        return draw_splits(sources, val_fraction, test_fraction, seed)
+    patients = read_splits(sources, splits)
+    common.tell_missing(patients, {source.patient_id for source in sources}, splits)
     return patients, []
 
 
+def read_splits(sources: Sequence[CaseSource], splits: Path) -> dict[str, list[str]]:
+    """Patients by a split file. Those without masks whom it does not list are for training, at the end of its list."""
+    patients = common.read_splits(splits)
+    listed = {patient for ids in patients.values() for patient in ids}
+    with_mask = {source.patient_id for source in sources if source.label_path is not None}
+    patients["train"] += sorted({source.patient_id for source in sources} - with_mask - listed)
+    return patients
+
+
 def draw_splits(
-    scans: list[Scan], val_fraction: float, test_fraction: float, seed: int
+    sources: Sequence[CaseSource], val_fraction: float, test_fraction: float, seed: int
 ) -> tuple[dict[str, list[str]], list[str]]:
     """Draws patients with masks for val and test by a hash of (seed, patient id).
 
@@ -376,8 +386,8 @@ def draw_splits(
     Returns:
       Patients of each split; a problem for each part that was asked for and came out empty.
     """
-    labelled = {scan.patient for scan in scans if scan.label is not None}
-    everyone = {scan.patient for scan in scans}
+    labelled = {source.patient_id for source in sources if source.label_path is not None}
+    everyone = {source.patient_id for source in sources}
 
     def split_of(patient: str, seed: int) -> str:
         chance = _chance(seed, "split", patient)

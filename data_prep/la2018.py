@@ -29,13 +29,12 @@ from pathlib import Path
 from data_prep import common
 from sscl_jax import cli
 from sscl_jax.data import formats
-from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset
+from sscl_jax.data.prepared import CaseSource, PreparedDataset
 from sscl_jax.data.recipe import Recipe
 
-CLASSES = ("background", "left atrium")
 IMAGES = {"h5": "mri_norm2.h5", "nrrd": "lgemri.nrrd"}
 NRRD_LABEL = "laendo.nrrd"
-LABEL_VALUES = {"h5": (0, 1), "nrrd": (0, 255)}
+CLASSES = {"h5": {0: "background", 1: "left atrium"}, "nrrd": {0: "background", 255: "left atrium"}}
 DOCUMENTED_SPACING = 0.625  # mm, along each axis
 H5_AXES = "LPS"
 PACKAGED_SPLITS = Path(__file__).parent / "splits" / "la2018.json"
@@ -66,65 +65,63 @@ def prepare(
     """
     splits = splits or PACKAGED_SPLITS
     patients = common.read_splits(splits)
-    form, images, problems = find_cases(Path(input_dir), form)
+    form = form or find_form(Path(input_dir))
+    sources, problems = list_sources(Path(input_dir), form, spacing_of_files or DOCUMENTED_SPACING)
     if form == "h5":
         told = "as --spacing_of_files says" if spacing_of_files else "as the challenge documents"
-        spacing_of_files = spacing_of_files or DOCUMENTED_SPACING
-        print(f"h5 files hold no geometry: taken as {spacing_of_files:g} mm along each axis, {told}, axes {H5_AXES}")
+        size = spacing_of_files or DOCUMENTED_SPACING
+        print(f"h5 files hold no geometry: taken as {size:g} mm along each axis, {told}, axes {H5_AXES}")
     elif spacing_of_files:
         raise ValueError("--spacing_of_files is for h5 files; NRRD files tell their own spacing: leave it out")
-    common.tell_missing(patients, images, splits)
-    sources = [
-        case_of(patient, split, images[patient], form, spacing_of_files)
-        for split in SPLITS
-        for patient in patients[split]
-        if patient in images
-    ]
+    common.tell_missing(patients, {source.patient_id for source in sources}, splits)
     recipe = Recipe(
         orientation="SPL",
         spacing=(spacing, spacing, spacing),
         intensity="mr",
-        label_values=LABEL_VALUES[form],
-        class_names=CLASSES,
+        label_values=tuple(CLASSES[form]),
+        class_names=tuple(CLASSES[form].values()),
     )
     return common.build(output, sources, recipe, patients, "la2018", problems, skip_bad)
 
 
-def find_cases(input_dir: Path, form: str | None) -> tuple[str, dict[str, Path], list[str]]:
-    """The form of the files, the image of each patient, and problems, one line each."""
-    found = {f: sorted(input_dir.rglob(name)) for f, name in IMAGES.items() if form in (None, f)}
-    found = {f: paths for f, paths in found.items() if paths}
+def find_form(input_dir: Path) -> str:
+    """The form in which the scans are there."""
+    found = [form for form, name in IMAGES.items() if any(input_dir.rglob(name))]
     if not found:
-        names = " or ".join(f"CASE/{name}" for f, name in IMAGES.items() if form in (None, f))
+        names = " or ".join(f"CASE/{name}" for name in IMAGES.values())
         raise FileNotFoundError(f"{input_dir} has no {names}: give --input the folder with the cases")
     if len(found) > 1:
-        raise ValueError(f"{input_dir} holds both {' and '.join(IMAGES.values())}: say --form h5 or --form nrrd")
-    ((form, paths),) = found.items()
+        raise ValueError(f"{input_dir} has {' and '.join(IMAGES.values())}: say --form h5 or --form nrrd")
+    return found[0]
+
+
+def list_sources(
+    input_dir: Path, form: str, spacing_of_files: float = DOCUMENTED_SPACING
+) -> tuple[list[CaseSource], list[str]]:
+    """Cases of one form, unlabelled where there is no mask; problems, one line each."""
+    paths = sorted(input_dir.rglob(IMAGES[form]))
+    if not paths:
+        raise FileNotFoundError(f"{input_dir} has no CASE/{IMAGES[form]}: give --input the folder with the cases")
     images: dict[str, Path] = {}
     problems = []
     for path in paths:
         first = images.setdefault(path.parent.name, path)
         if first != path:
             problems.append(f"{path}: is the same case as {first}: remove one of them")
-    return form, images, problems
+    return [case_of(patient, image, form, spacing_of_files) for patient, image in images.items()], problems
 
 
-def case_of(patient: str, split: str, image: Path, form: str, spacing_of_files: float | None) -> CaseSource:
+def case_of(patient: str, image: Path, form: str, spacing_of_files: float) -> CaseSource:
     """The case of one patient; unlabelled where there is no mask."""
     if form == "nrrd":
         mask = image.with_name(NRRD_LABEL)
         label = mask if mask.is_file() else None
-        return CaseSource(patient, patient, split, (image,), label, formats.read_image, formats.read_label)
-    sizes = (spacing_of_files or DOCUMENTED_SPACING,) * 3
-    return CaseSource(
-        patient,
-        patient,
-        split,
-        (image,),
-        image if formats.h5_has(image, "label") else None,
-        partial(formats.read_h5_image, spacing=sizes, axes=H5_AXES),
-        partial(formats.read_h5_label, spacing=sizes, axes=H5_AXES),
-    )
+        return CaseSource(patient, patient, "all", (image,), label, formats.read_image, formats.read_label)
+    sizes = (spacing_of_files,) * 3
+    label = image if formats.h5_has(image, "label") else None
+    read_image = partial(formats.read_h5_image, spacing=sizes, axes=H5_AXES)
+    read_label = partial(formats.read_h5_label, spacing=sizes, axes=H5_AXES)
+    return CaseSource(patient, patient, "all", (image,), label, read_image, read_label)
 
 
 def main(argv: list[str] | None = None) -> None:

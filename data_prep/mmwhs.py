@@ -25,10 +25,9 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import common, folder
-from data_prep.folder import Scan
 from sscl_jax import cli
 from sscl_jax.data import nifti
-from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset
+from sscl_jax.data.prepared import CaseSource, PreparedDataset
 from sscl_jax.data.recipe import Recipe
 
 CLASSES = {
@@ -79,15 +78,8 @@ def prepare(
       ValueError, FileNotFoundError: the files or the options do not fit.
     """
     folder.check_options(None, val_fraction, test_fraction)
-    scans, problems = list_scans(Path(input_dir), modality, no_test_images)
-    patients, more = folder.take_splits(scans, splits, val_fraction, test_fraction, seed)
-    split_of = {patient: split for split in SPLITS for patient in patients[split]}
-    read = functools.partial(read_label, told=set())
-    sources = [
-        CaseSource(scan.case_id, scan.patient, split_of[scan.patient], (scan.image,), scan.label, read_label=read)
-        for scan in scans
-        if scan.patient in split_of
-    ]
+    sources, problems = list_sources(Path(input_dir), modality, no_test_images)
+    patients, more = folder.take_splits(sources, splits, val_fraction, test_fraction, seed)
     recipe = Recipe(
         orientation="SPL",
         spacing=(spacing, spacing, spacing),
@@ -99,7 +91,7 @@ def prepare(
     return common.build(output, sources, recipe, patients, f"mmwhs_{modality}", problems + more, skip_bad)
 
 
-def list_scans(input_dir: Path, modality: str, no_test_images: bool = False) -> tuple[list[Scan], list[str]]:
+def list_sources(input_dir: Path, modality: str, no_test_images: bool = False) -> tuple[list[CaseSource], list[str]]:
     """Volumes of one modality with their labels, by name; problems, one line each. Prints what it passes over."""
     parts = ("train",) if no_test_images else ("train", "test")
     folders = [path for part in parts for path in sorted(input_dir.glob(f"{modality}_{part}*")) if path.is_dir()]
@@ -111,13 +103,17 @@ def list_scans(input_dir: Path, modality: str, no_test_images: bool = False) -> 
             f"{input_dir} has no {modality}_train/{modality}_train_*_image.nii.gz: give --input the folder that holds "
             f"{modality}_train"
         )
-    scans = [Scan(name, by_name[f"{name}_image"], by_name.get(f"{name}_label"), name) for name in names]
-    used = {path for scan in scans for path in (scan.image, scan.label)}
+    read = functools.partial(read_label, told=set())
+    sources = [
+        CaseSource(name, name, "all", (by_name[f"{name}_image"],), by_name.get(f"{name}_label"), read_label=read)
+        for name in names
+    ]
+    used = {path for source in sources for path in (*source.image_paths, source.label_path)}
     alone = [path for path in files if path not in used and common.stem(path).endswith("_label")]
     ignored = [path for path in files if path not in used and path not in alone]
     if ignored:
         print(f"ignored: {len(ignored)} other files, such as {ignored[0]}")
-    return scans, [f"{path}: has no image beside it: add {path.name.replace('_label', '_image')} or remove the label"
+    return sources, [f"{path}: has no image beside it: add {path.name.replace('_label', '_image')} or remove the label"
                    for path in alone]  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from data_prep import common, folder
 from data_prep.folder import Scan
 from sscl_jax import cli
 from sscl_jax.data import nifti
-from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset, write_prepared
+from sscl_jax.data.prepared import CaseSource, PreparedDataset, write_prepared
 from sscl_jax.data.recipe import Recipe
 
 
@@ -84,29 +84,16 @@ def prepare(
     channels, modality, wrong_modality = read_modality(content, input_dir / "dataset.json", modality)
     fatal = wrong_labels + wrong_modality
 
-    training, more = list_training(input_dir, content)
+    sources, more = list_sources(input_dir, content, channels, no_test_images, patient_pattern)
     problems += fatal + more
-    test, more = ([], []) if no_test_images else list_test(input_dir, content)
-    problems += more + check_unlisted(input_dir, training + test, len(channels))
-    tell_oddities(input_dir, training, content)
-    scans, more = whole_cases([*(scan for scan in training if scan.label), *test], len(channels))
-    problems += more
-    scans, more = folder.name_patients(scans, patient_pattern)
-    problems += more
 
     if patient_pattern is None:
         print("patients: each volume counts as one of its own; if that is wrong, give --patient_pattern")
     if splits is None and (input_dir / "splits.json").is_file():
         splits = input_dir / "splits.json"
-    patients, more = folder.take_splits(scans, splits, val_fraction, test_fraction, seed)
-    problems += more if scans else []
-    split_of = {patient: split for split in SPLITS for patient in patients[split]}
-    sources = []
-    for scan in scans:
-        if scan.patient in split_of:
-            files = channel_files(scan.image, len(channels))
-            read = functools.partial(read_image, count=len(channels) // len(files), names=channels)
-            sources.append(CaseSource(scan.case_id, scan.patient, split_of[scan.patient], files, scan.label, read))
+    patients, more = folder.take_splits(sources, splits, val_fraction, test_fraction, seed)
+    problems += more if sources else []
+    sources = common.put_into_splits(sources, patients)
     values = sorted(names) if names else None
     sources, facts, skipped = common.check_cases(sources, values, problems, skip_bad and not fatal)
     if not names:
@@ -205,6 +192,36 @@ def read_modality(content: dict[str, Any], path: Path, wanted: str | None) -> tu
 
 
 # --- Files ----------------------------------------------------------------------------------------
+
+
+def list_sources(
+    base: Path,
+    content: dict[str, Any],
+    channels: Sequence[str],
+    no_test_images: bool = False,
+    patient_pattern: str | None = None,
+) -> tuple[list[CaseSource], list[str]]:
+    """Cases of a task whose files are all there; problems, one line each. Prints what it passes over.
+
+    Args:
+      base: the task's folder.
+      content: of dataset.json.
+      channels: their names.
+      no_test_images, patient_pattern: see `prepare`.
+    """
+    training, problems = list_training(base, content)
+    test, more = ([], []) if no_test_images else list_test(base, content)
+    problems += more + check_unlisted(base, training + test, len(channels))
+    tell_oddities(base, training, content)
+    scans, more = whole_cases([*(scan for scan in training if scan.label), *test], len(channels))
+    problems += more
+    scans, more = folder.name_patients(scans, patient_pattern)
+    sources = []
+    for scan in scans:
+        files = channel_files(scan.image, len(channels))
+        read = functools.partial(read_image, count=len(channels) // len(files), names=channels)
+        sources.append(CaseSource(scan.case_id, scan.patient, "all", files, scan.label, read))
+    return sources, problems + more
 
 
 def list_training(base: Path, content: dict[str, Any]) -> tuple[list[Scan], list[str]]:

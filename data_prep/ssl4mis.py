@@ -21,7 +21,7 @@ directions: axes are taken to point up, to the back and to the left (SPL), as in
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -93,23 +93,13 @@ def prepare(
     """
     input_dir = Path(input_dir)
     formats.axes_affine(spacing, axes)  # an option that cannot be is told once, not for each file
-    files = find_files(input_dir / "data")
+    sources = list_sources(input_dir, spacing, axes)
     if splits is None:
-        names, problems = read_lists(input_dir)
-        patients = {split: list(dict.fromkeys(map(patient_of, names[split]))) for split in SPLITS}
-        problems += listed_twice(patients)
-        splits = input_dir
+        sources, patients, problems = take_lists(sources, input_dir)
     else:
         patients, problems = common.read_splits(splits), []
-        names = {s: [name for name in files if patient_of(name) in patients[s]] for s in SPLITS}
-    common.tell_missing(patients, {patient_of(name) for name in files}, splits)
-    sources = []
-    for split in SPLITS:
-        for name in names[split]:
-            if name in files:
-                sources.append(case_of(name, split, files[name], spacing, axes))
-            else:
-                problems.append(f"{input_dir / 'data' / name}.h5: is listed under {split}, but does not exist")
+    common.tell_missing(patients, {source.patient_id for source in sources}, splits or input_dir)
+    sources = [source for source in sources if source.split != "none"]
     recipe = Recipe(
         orientation="SPL",
         spacing=(None, None, None),
@@ -118,6 +108,29 @@ def prepare(
         class_names=tuple(class_names),
     )
     return common.build(output, sources, recipe, patients, input_dir.resolve().name, problems, skip_bad)
+
+
+def list_sources(input_dir: Path, spacing: Sequence[float], axes: str = "SPL") -> list[CaseSource]:
+    """Cases of all files, whatever the lists say."""
+    files = find_files(input_dir / "data")
+    return [case_of(name, files[name], spacing, axes) for name in files]
+
+
+def take_lists(
+    sources: Sequence[CaseSource], input_dir: Path
+) -> tuple[list[CaseSource], dict[str, list[str]], list[str]]:
+    """Cases with the split whose list names them, "none" where no list does; patients of each split; problems."""
+    names, problems = read_lists(input_dir)
+    patients = {split: list(dict.fromkeys(map(patient_of, names[split]))) for split in SPLITS}
+    problems += listed_twice(patients)
+    split_of = {name: split for split in SPLITS for name in names[split]}
+    absent = split_of.keys() - {source.case_id for source in sources}
+    problems += [
+        f"{input_dir / 'data' / name}.h5: is listed under {split}, but does not exist: restore it or correct the list"
+        for name, split in split_of.items()
+        if name in absent
+    ]
+    return [replace(s, split=split_of.get(s.case_id, "none")) for s in sources], patients, problems
 
 
 def find_files(folder: Path) -> dict[str, Files]:
@@ -171,13 +184,13 @@ def listed_twice(patients: dict[str, list[str]]) -> list[str]:
     ]
 
 
-def case_of(name: str, split: str, files: Files, spacing: Sequence[float], axes: str) -> CaseSource:
+def case_of(name: str, files: Files, spacing: Sequence[float], axes: str) -> CaseSource:
     """One case, of its volume or else of its slices."""
     if files.volume:
         label = files.volume if formats.h5_has(files.volume, "label") else None
         read_image = partial(formats.read_h5_image, spacing=spacing, axes=axes)
         read_label = partial(formats.read_h5_label, spacing=spacing, axes=axes)
-        return CaseSource(name, patient_of(name), split, (files.volume,), label, read_image, read_label)
+        return CaseSource(name, patient_of(name), "all", (files.volume,), label, read_image, read_label)
     paths = tuple(files.slices[number] for number in sorted(files.slices))
     label = next((path for path in paths if formats.h5_has(path, "label")), None)
     affine = formats.axes_affine(spacing, axes)
@@ -185,7 +198,7 @@ def case_of(name: str, split: str, files: Files, spacing: Sequence[float], axes:
     def read_labels(path: Path) -> tuple[np.ndarray, np.ndarray]:
         return nifti.check_label(path, stack(paths, "label")), affine
 
-    return SliceStack(name, patient_of(name), split, paths, label, read_label=read_labels, affine=affine)
+    return SliceStack(name, patient_of(name), "all", paths, label, read_label=read_labels, affine=affine)
 
 
 def stack(paths: Sequence[Path], key: str) -> np.ndarray:

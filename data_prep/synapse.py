@@ -25,10 +25,9 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import common, folder
-from data_prep.folder import Scan
 from sscl_jax import cli
 from sscl_jax.data import nifti
-from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset
+from sscl_jax.data.prepared import CaseSource, PreparedDataset
 from sscl_jax.data.recipe import Recipe
 
 ORGANS = {
@@ -78,16 +77,9 @@ def prepare(
     Raises:
       ValueError, FileNotFoundError: the files or the splits do not fit.
     """
-    scans, problems = list_scans(Path(input_dir), no_test_images)
-    patients, more = folder.take_splits(scans, splits or PACKAGED_SPLITS)
-    split_of = {patient: split for split in SPLITS for patient in patients[split]}
     values = EIGHT if eight else tuple(ORGANS)
-    read = functools.partial(read_label, kept=values)
-    sources = [
-        CaseSource(scan.case_id, scan.patient, split_of[scan.patient], (scan.image,), scan.label, read_label=read)
-        for scan in scans
-        if scan.patient in split_of
-    ]
+    sources, problems = list_sources(Path(input_dir), no_test_images, values)
+    patients, more = folder.take_splits(sources, splits or PACKAGED_SPLITS)
     recipe = Recipe(
         orientation="SPL",
         spacing=(None, spacing, spacing),
@@ -99,8 +91,10 @@ def prepare(
     return common.build(output, sources, recipe, patients, "synapse", problems + more, skip_bad)
 
 
-def list_scans(input_dir: Path, no_test_images: bool = False) -> tuple[list[Scan], list[str]]:
-    """Scans with their labels, by number; problems, one line each. Prints what it passes over."""
+def list_sources(
+    input_dir: Path, no_test_images: bool = False, kept: tuple[int, ...] = tuple(ORGANS)
+) -> tuple[list[CaseSource], list[str]]:
+    """Scans with their labels, by number; problems, one line each. Prints what it passes over; `kept`: see below."""
     base = input_dir / "RawData" if (input_dir / "RawData").is_dir() else input_dir
     parts = ("Training",) if no_test_images else ("Training", "Testing")
     images = [path for part in parts for path in common.nifti_files(base / part / "img")]
@@ -110,12 +104,16 @@ def list_scans(input_dir: Path, no_test_images: bool = False) -> tuple[list[Scan
         raise FileNotFoundError(
             f"{base} has no Training/img/img*.nii.gz: give --input the unpacked archive, with Training in it"
         )
-    scans = [Scan(number, path, label_of.get(number), number) for number, path in image_of.items()]
+    read = functools.partial(read_label, kept=kept)
+    sources = [
+        CaseSource(number, number, "all", (path,), label_of.get(number), read_label=read)
+        for number, path in image_of.items()
+    ]
     ignored = sorted({*images, *labels}.difference(image_of.values(), label_of.values()))
     if ignored:
         print(f"ignored: {len(ignored)} other files, such as {ignored[0]}")
     alone = [(number, path) for number, path in label_of.items() if number not in image_of]
-    return scans, [f"{path}: has no image: add img{number}.nii.gz or remove the label" for number, path in alone]
+    return sources, [f"{path}: has no image: add img{number}.nii.gz or remove the label" for number, path in alone]
 
 
 def _by_number(paths: list[Path], word: str) -> dict[str, Path]:

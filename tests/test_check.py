@@ -175,7 +175,7 @@ def test_a_folder_that_is_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone does not exist"):
         check.check(tmp_path / "gone")
     (tmp_path / "images").mkdir()
-    assert check.check(tmp_path).problems == ["no case was found: give the folder of a data set"]
+    assert check.check(tmp_path)[0].problems == ["no case was found: give the folder of a data set"]
 
 
 def test_command_line(tmp_path):

@@ -272,7 +272,9 @@ def test_masks_of_unlabelled_patients_may_be_deleted(any_folder, tmp_path):
 
 
 def test_draw_does_not_move_the_others():
-    scans = [folder.Scan(f"c{n}", Path("i"), Path("l") if n % 3 else None, f"p{n}") for n in range(300)]
+    scans = folder.to_sources(
+        [folder.Scan(f"c{n}", Path("i"), Path("l") if n % 3 else None, f"p{n}") for n in range(300)]
+    )
     whole, _ = folder.draw_splits(scans, 0.2, 0.1, 0)
     part, _ = folder.draw_splits(scans[50:], 0.2, 0.1, 0)
     for split in SPLITS:
@@ -285,7 +287,7 @@ def test_draw_does_not_move_the_others():
 
 
 def test_draw_that_leaves_a_part_empty():
-    scans = [folder.Scan(f"c{n}", Path("i"), Path("l"), f"p{n}") for n in range(7)]
+    scans = folder.to_sources([folder.Scan(f"c{n}", Path("i"), Path("l"), f"p{n}") for n in range(7)])
     _, problems = folder.draw_splits(scans, 0.2, 0.2, 0)
     assert "none of 7 patients with masks into val" in problems[0]
     seed = int(problems[0].split("--seed ")[1].split(",")[0])

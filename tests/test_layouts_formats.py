@@ -12,7 +12,7 @@ from test_formats import dicom_bytes, itk_image
 from configs import base
 from configs import chaos as chaos_config
 from configs import la as la_config
-from data_prep import chaos, common, la2018, ssl4mis
+from data_prep import chaos, check, common, la2018, ssl4mis
 from sscl_jax import experiment
 from sscl_jax.data.prepared import open_prepared
 from sscl_jax.data.recipe import prepare_image
@@ -237,7 +237,7 @@ def test_chaos_t2(chaos_mr, tmp_path):
         ("t2_2", "val", True),
         ("t2_10", "test", True),
     ]
-    assert dataset.name == "chaos_t2" and dataset.recipe.class_names == chaos.MR_CLASSES
+    assert dataset.name == "chaos_t2" and dataset.recipe.class_names == tuple(chaos.MR_CLASSES.values())
     assert dataset.cases[0].grid.native_spacing == (1.5, 1.5, 4.0) and axes_of(dataset.cases[0]) == "LPS"
     classes = np.searchsorted(list(MR_GREY), label_of(1, tuple(MR_GREY)))
     np.testing.assert_array_equal(dataset.label(0), classes.transpose(2, 1, 0))
@@ -402,6 +402,77 @@ def test_ssl4mis_skips_a_case_with_a_gap(ssl4mis_folder, tmp_path):
     dataset = ssl4mis.prepare(ssl4mis_folder, tmp_path / "out", (10, 1, 1), skip_bad=True)
     assert "patient002" not in dataset.patients["train"] and len(dataset.cases) == 4
     assert len(dataset.skipped) == 1 and "slices 4 of patient002_frame01" in dataset.skipped[0]
+
+
+# --- The check of what was not prepared yet -------------------------------------------------------
+
+
+def test_check_knows_the_left_atrium_in_both_forms(la_h5, tmp_path):
+    (found,) = check.check(la_h5)
+    assert found.kind == "left atrium 2018, h5" and not found.problems
+    assert found.cases == [("none", f"CASE{n}", "mri_norm2.h5", n != 2) for n in (1, 2, 3)]
+    assert [fact.values for fact in found.facts] == [{0, 1}, set(), {0, 1}] and found.facts[0].spacing == (0.625,) * 3
+    broken = la_h5 / "2018LA_Seg_Training Set" / "CASE3" / "mri_norm2.h5"
+    write_h5(broken, image=image_of(3), label=label_of(3)[:, :, :4])
+    at = la_h5 / "nrrd" / "CASE1"
+    at.mkdir(parents=True)
+    sitk.WriteImage(itk_image(image_of(1), spacing=(0.6, 0.6, 1.2)), at / "lgemri.nrrd")
+    sitk.WriteImage(itk_image(label_of(1, (0, 254)), spacing=(0.6, 0.6, 1.2)), at / "laendo.nrrd")
+    h5, nrrd = check.check(la_h5)
+    assert h5.facts[2].problems == problems_of(
+        la2018.prepare, la_h5, tmp_path / "out", write_splits(tmp_path, **LA_SPLITS), form="h5"
+    )
+    assert nrrd.kind == "left atrium 2018, nrrd" and nrrd.facts[0].spacing == pytest.approx((0.6, 0.6, 1.2))
+    assert "label values 254 are not among 0, 255" in nrrd.facts[0].problems[0]
+
+
+@pytest.mark.skipif(not REAL_LA.is_dir(), reason=f"the real scans are not at {REAL_LA}")
+def test_check_of_the_real_left_atrium():
+    (found,) = check.check(REAL_LA)
+    text, errors = check.report(REAL_LA, found)
+    assert errors == 0 and "left atrium 2018, h5" in text and all(has_mask for *_, has_mask in found.cases)
+    assert {split for split, *_ in found.cases} == {"train", "val"}
+
+
+def test_check_knows_each_modality_of_chaos(chaos_mr):
+    t1, t2 = check.check(chaos_mr)
+    assert (t1.kind, t2.kind) == ("CHAOS, t1", "CHAOS, t2")
+    assert [fact.channels for fact in t1.facts] == [2] * 4 and [fact.channels for fact in t2.facts] == [1] * 4
+    assert [(patient, has_mask) for _, patient, _, has_mask in t2.cases] == [
+        ("1", True), ("2", True), ("4", False), ("10", True),
+    ]  # fmt: skip
+    text, errors = check.report(chaos_mr, t2)
+    assert errors == 0
+    assert [line.split() for line in text.splitlines() if "right kidney" in line] == [
+        ["cases", "with", "right", "kidney", "3"]
+    ]
+    (chaos_mr / "Train_Sets" / "MR" / "1" / "T2SPIR" / "Ground" / "IMG-0004-00003.png").unlink()
+    t1, t2 = check.check(chaos_mr)
+    assert check.report(chaos_mr, t1)[1] == 0
+    assert check.report(chaos_mr, t2)[1] == 1 and "4 PNG masks for the 5 slices" in t2.facts[0].problems[0]
+
+
+def test_check_knows_ssl4mis_without_a_spacing(ssl4mis_folder, capsys):
+    data = ssl4mis_folder / "data"
+    write_h5(data / "patient009_frame01.h5", image=image_of(91, VOLUME), label=label_of(91, (0, 4), VOLUME))
+    (found,) = check.check(ssl4mis_folder)
+    assert found.kind == "SSL4MIS" and "--spacing" in found.warnings[0]
+    split_of = {image.split("_")[0]: split for split, _, image, _ in found.cases}
+    assert split_of == dict(
+        zip([f"patient00{n}" for n in (1, 2, 3, 4, 9)], ["train", "train", "val", "test", "none"], strict=True)
+    )
+    text, errors = check.report(ssl4mis_folder, found)
+    assert errors == 1 and "patient009_frame01.h5: label values 4 are not among 0, 1, 2, 3" in text
+    (data / "patient009_frame01.h5").unlink()
+    (data / "slices" / "patient002_frame01_slice_4.h5").unlink()
+    (ssl4mis_folder / "test.list").write_text("patient004_frame01\npatient004_frame09\n")
+    (found,) = check.check(ssl4mis_folder)
+    told = [*found.problems, *(line for fact in found.facts for line in fact.problems)]
+    assert told == problems_of(ssl4mis.prepare, ssl4mis_folder, ssl4mis_folder / "out", (10, 1, 1))
+    assert len(told) == 2
+    (ssl4mis_folder / "train_slices.list").unlink()
+    (found,) = check.check(ssl4mis_folder)
+    assert "has no train_slices.list" in found.problems[0] and len(found.cases) == 5
 
 
 # --- Command lines and configs --------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 from configs import base, msd_hippocampus, openkbp
 from configs import mmwhs as mmwhs_config
 from configs import synapse as synapse_config
-from data_prep import common, mmwhs, msd, synapse
+from data_prep import check, common, mmwhs, msd, synapse
 from sscl_jax import experiment
 from sscl_jax.data.prepared import open_prepared
 
@@ -545,6 +545,32 @@ def test_synapse_split_is_that_of_transunet_with_a_val_part_out_of_train():
     assert sorted(patients["test"]) == sorted(test)
     assert sorted(patients["train"] + patients["val"]) == train
     assert all(number in synapse.__doc__ for number in patients["val"])
+
+
+# --- The check of what was not prepared yet -------------------------------------------------------
+
+
+def test_check_knows_both_modalities_of_mmwhs(hearts, tmp_path):
+    ct, mr = check.check(hearts)
+    assert (ct.kind, mr.kind) == ("MM-WHS, ct", "MM-WHS, mr") and len(ct.cases) == 5 and len(mr.cases) == 3
+    assert check.report(hearts, ct)[1] == check.report(hearts, mr)[1] == 0
+    write_nifti(hearts / "ct_train1" / "ct_train_1001_label.nii.gz", label_of(1, (0, 500, 422)))
+    write_nifti(hearts / "ct_train1" / "ct_train_1009_label.nii.gz", label_of(1, HEART))
+    ct, mr = check.check(hearts)
+    told = [*ct.problems, *(line for fact in ct.facts for line in fact.problems)]
+    assert told == problems_of(mmwhs.prepare, hearts, tmp_path / "out", "ct", tmp_path / "splits.json")
+    assert len(told) == 2 and check.report(hearts, mr)[1] == 0
+
+
+def test_check_knows_synapse_and_its_split(abdomens, tmp_path):
+    (found,) = check.check(abdomens)
+    assert found.kind == "Synapse" and check.report(abdomens, found)[1] == 0
+    assert {patient: split for split, patient, *_ in found.cases} == {
+        "0006": "train", "0021": "train", "0030": "train", "0061": "train", "0007": "val", "0008": "test",
+    }  # fmt: skip
+    write_nifti(abdomens / "RawData" / "Training" / "label" / "label0006.nii.gz", label_of(6, (0, 14)), THICK)
+    (found,) = check.check(abdomens / "RawData")
+    assert found.facts[0].problems == problems_of(synapse.prepare, abdomens, tmp_path / "out")
 
 
 # --- All of them ----------------------------------------------------------------------------------
