@@ -9,6 +9,7 @@ import SimpleITK as sitk
 from configs import base
 from sscl_jax import predict
 from sscl_jax.data import formats, nifti
+from sscl_jax.data.prepared import CaseSource, write_prepared
 from sscl_jax.data.recipe import Recipe
 
 h5py = pytest.importorskip("h5py")
@@ -56,6 +57,48 @@ def test_the_same_voxels_in_the_same_place_as_by_nibabel(ending, tmp_path):
     step = oblique()[:, 0] * 0.7 * [-1, -1, 1]
     np.testing.assert_allclose(affine[:3, :3] @ [1, 0, 0], step, atol=1e-6)
     np.testing.assert_allclose(affine[:3, 3], [12, -34, 5.5], atol=1e-6)
+
+
+@pytest.mark.parametrize("ending", ["nhdr", "mhd", "nrrd", "mha"])
+def test_what_was_prepared_is_known_by_its_voxels_where_the_header_is_a_file_of_its_own(ending, tmp_path, capsys):
+    """The header stays as it is, but for one in front of its voxels."""
+    path = tmp_path / f"a.{ending}"
+    source = CaseSource("a", "a", "train", (path,), None, formats.read_image)
+    recipe = Recipe(label_values=(0, 1), class_names=("background", "a"))
+
+    def prepare(seed):
+        sitk.WriteImage(itk_image(voxels(seed)), path, useCompression=False)
+        return write_prepared(tmp_path / "out", [source], recipe, {"train": ["a"]}, "scans")
+
+    first = prepare(0)
+    assert prepare(0).fingerprint == first.fingerprint and "already prepared" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="was not made from these files"):
+        prepare(1)
+
+
+def test_all_files_that_hold_the_voxels_of_a_header(tmp_path):
+    """As a list and by number: the files that ITK takes, for without one of them it reads nothing."""
+    array = voxels()
+    for k in range(5):
+        array[..., k].T.astype("<i2").tofile(tmp_path / f"s{k + 1:02d}.raw")
+    names = [f"s{k + 1:02d}.raw" for k in range(5)]
+    mhd = "NDims = 3\nDimSize = 7 6 5\nElementSpacing = 1 1 2\nElementType = MET_SHORT\nElementDataFile = "
+    nrrd = "NRRD0004\ntype: short\ndimension: 3\nsizes: 7 6 5\nspacings: 1 1 2\nendian: little\nencoding: raw\n"
+    headers = {
+        "list.mhd": mhd + "\n".join(["LIST", *names, ""]),
+        "number.mhd": mhd + "s%02d.raw 1 5 1",
+        "list.nhdr": nrrd + "\n".join(["data file: LIST", *names, ""]),
+        "number.nhdr": nrrd + "data file: s%02d.raw 1 5 1\n",
+    }
+    for name, text in headers.items():
+        (tmp_path / name).write_text(text)
+        np.testing.assert_array_equal(formats.read_image(tmp_path / name)[0][..., 0], array)
+        assert formats.data_files(tmp_path / name) == [tmp_path / n for n in names], name
+    assert formats.data_files(tmp_path / names[0]) == []
+    # ITK reads a list up to its last newline, and takes for the rest what lies in memory.
+    (tmp_path / "list.mhd").write_text(headers["list.mhd"].rstrip())
+    with pytest.raises(ValueError, match=r"list\.mhd: lists 4 files, each on a line that ends, for 5 slices"):
+        formats.read_image(tmp_path / "list.mhd")
 
 
 def test_nifti_goes_the_same_way(tmp_path):

@@ -14,6 +14,7 @@ sign. Every error is a ValueError or FileNotFoundError that starts with the path
 
 import importlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,7 @@ def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{path}: is of no known format; convert it to .nii.gz ({', '.join(SUFFIXES)} can be read)")
     sitk = _library("SimpleITK", "nrrd")
     _check_says_spacing(path)
+    _check_names_slices(path)
     image = _read(sitk, path)
     if "complex" in image.GetPixelIDTypeAsString():
         raise ValueError(f"{path}: is a complex image; convert it to one number per voxel")
@@ -133,6 +135,25 @@ def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     # ITK's arrays run backwards, with the components last.
     array = np.moveaxis(array.T, 0, -1) if components > 1 else array.T
     return array[..., 0] if array.ndim == 4 and array.shape[3] == 1 else array, _affine_of(image)
+
+
+def data_files(path: Path) -> list[Path]:
+    """Files in which an NRRD or MetaImage header says that its voxels are; none where they follow the header."""
+    if not path.name.lower().endswith(ITK):
+        return []
+    with open(path, "rb") as file:
+        text = file.read(2**20).decode("latin-1").replace("\r", "")
+    if path.name.lower().endswith((".nrrd", ".nhdr")):
+        text = text.split("\n\n")[0]
+    match = re.search(r"^(?:data ?file:|ElementDataFile *=) *(.*?) *$", text, re.MULTILINE | re.IGNORECASE)
+    if not match or match[1].upper() == "LOCAL":
+        return []
+    names = [match[1]]
+    if match[1].upper().startswith("LIST"):
+        names = text[match.end() :].split("\n")
+    elif numbered := re.fullmatch(r"(\S*%\d*d\S*) +(\d+) +(\d+) +(\d+).*", match[1]):
+        names = [numbered[1] % n for n in range(int(numbered[2]), int(numbered[3]) + 1, int(numbered[4]))]
+    return [path.parent / name.strip() for name in names if name.strip()]
 
 
 def _affine_of(image: Any) -> np.ndarray:
@@ -155,6 +176,16 @@ def _check_says_spacing(path: Path) -> None:
     if not any(word in header for word in words):
         names = " or ".join(word.decode().rstrip(":") for word in words)
         raise ValueError(f"{path}: its header has no {names}; write the voxel sizes into it")
+
+
+def _check_names_slices(path: Path) -> None:
+    """Refuses a MetaImage header that lists too few files, for which ITK would leave slices as memory was found."""
+    text = path.read_bytes()[: 2**20].decode("latin-1") if path.name.lower().endswith(".mhd") else ""
+    sizes, listed = re.search(r"^DimSize *=.*?(\d+)\s*$", text, re.MULTILINE), re.search(r"= *LIST *\r?\n", text)
+    if sizes and listed and (lines := text.count("\n", listed.end())) < int(sizes[1]):
+        raise ValueError(
+            f"{path}: lists {lines} files, each on a line that ends, for {sizes[1]} slices; complete the list"
+        )
 
 
 def _read(sitk: ModuleType, path: Path, *pixel_type: int) -> Any:

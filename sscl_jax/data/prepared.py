@@ -39,7 +39,7 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from sscl_jax.data import nifti
+from sscl_jax.data import formats, nifti
 from sscl_jax.data import recipe as recipes
 from sscl_jax.data.recipe import Grid, Recipe
 
@@ -297,12 +297,14 @@ def _digest_inputs(sources: list[CaseSource], recipe: dict, patients: dict[str, 
 
 
 def _path_digest(path: Path) -> str:
-    """sha256 of a file, or of the names and contents of the files of a folder."""
+    """sha256 of a file, with those in which its header says the voxels are, or of the files of a folder by name."""
     if path.is_dir():
         parts = [(p.name, _path_digest(p)) for p in sorted(path.iterdir())]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        own = hashlib.file_digest(file, "sha256").hexdigest()
+    detached = formats.data_files(path)
+    return hashlib.sha256("".join([own, *map(_path_digest, detached)]).encode()).hexdigest() if detached else own
 
 
 def _prepare_case(source: CaseSource, recipe: Recipe) -> dict:
