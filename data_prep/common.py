@@ -30,6 +30,7 @@ AFFINE_TOLERANCE = 1e-3  # relative to the voxel size: what float32 headers lose
 MANY_LABELS = 50  # different values in one mask, beyond which it may be an image
 SHEARED = ".*the affine is sheared"  # of `nifti.read_image`; the check tells it in its own list
 ANISOTROPY = 1.5  # voxels that are longer by this factor along one axis than along both others make thick slices
+VOXEL_SIZES = (0.01, 50.0)  # mm, beyond which a header is doubtful
 ANATOMY = ("left-right", "front-back", "foot-head")
 
 
@@ -104,7 +105,7 @@ def read_splits(path: Path) -> dict[str, list[str]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give --splits a JSON file")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): correct it") from error
     splits = {}
@@ -210,10 +211,13 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
 
 
 def _image_warnings(path: Path, array: np.ndarray, affine: np.ndarray) -> list[str]:
-    """A sheared affine, and slices without content, of an image (X, Y, Z, C) that is not empty as a whole."""
-    sheared = nifti.shear_warning(path, affine)
-    found = [sheared] if sheared else []
+    """Odd geometry, and slices without content, of an image (X, Y, Z, C) that is not empty as a whole."""
+    doubtful = nifti.header_warning(path) if path.name.lower().endswith(NIFTI) else ""
+    found = [line for line in (nifti.shear_warning(path, affine), doubtful) if line]
     sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    if sizes.min() < VOXEL_SIZES[0] or sizes.max() > VOXEL_SIZES[1]:
+        text = " x ".join(f"{size:.4g}" for size in sizes)
+        found.append(f"{path}: its voxels are {text} mm large: correct the header, its voxel sizes or their unit")
     across = int(np.argmax(sizes))
     others = tuple(axis for axis in range(4) if axis != across)
     filled = np.flatnonzero(array.min(others) < array.max(others))
@@ -302,14 +306,31 @@ def examine(sources: Sequence[CaseSource], label_values: Sequence[int] | None) -
                 "complete the image or remove it"
             )
             facts[number] = replace(fact, problems=[*fact.problems, line])
-    first: dict[str, CaseSource] = {}
+    _warn_of_doubles(sources, facts)
+    return facts
+
+
+def _warn_of_doubles(sources: Sequence[CaseSource], facts: Sequence[CaseFacts]) -> None:
+    """Adds to the warnings of each case what it shares with one before it: voxels, mask, or name but for its case."""
+    voxels: dict[str, CaseSource] = {}
+    masks: dict[Path, CaseSource] = {}
+    patients: dict[str, CaseSource] = {}
     for source, fact in zip(sources, facts, strict=True):
-        if fact.digest and (other := first.setdefault(fact.digest, source)) is not source:
+        image = source.image_paths[0]
+        if fact.digest and (other := voxels.setdefault(fact.digest, source)) is not source:
             fact.warnings.append(
-                f"{source.image_paths[0]} ({source.split}): has the voxels of {other.image_paths[0]} ({other.split}): "
+                f"{image} ({source.split}): has the voxels of {other.image_paths[0]} ({other.split}): "
                 "one scan under two names flatters what is measured, remove one"
             )
-    return facts
+        if source.label_path and (other := masks.setdefault(source.label_path, source)) is not source:
+            fact.warnings.append(
+                f"{source.label_path}: is the mask of {image} and of {other.image_paths[0]}: correct one"
+            )
+        patient, other = source.patient_id, patients.setdefault(source.patient_id.lower(), source)
+        if patient != other.patient_id:
+            fact.warnings.append(
+                f"{image}: patients {other.patient_id} and {patient} count as two: if they are one, write them alike"
+            )
 
 
 def check_cases(

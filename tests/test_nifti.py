@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
+from sscl_jax.data import nifti
 from sscl_jax.data.nifti import read_image, read_label, write_mask
 from sscl_jax.data.recipe import Recipe, make_grid, prepare_label, to_native, unmap_labels
 
@@ -97,7 +98,7 @@ def test_four_dimensions_need_channels(tmp_path):
     with pytest.raises(ValueError, match="4-D"):
         read_label(path)
     with pytest.raises(ValueError, match="shape"):
-        read_image(save(tmp_path / "five.nii", noise(shape=(2, 3, 4, 1, 2))), channels=True)
+        read_image(save(tmp_path / "five.nii", noise(shape=(2, 3, 4, 2, 2))), channels=True)
 
 
 @pytest.mark.parametrize("codes", [(1, 1), (2, 1), (0, 1), (1, 0), (0, 0), (4, 3)])
@@ -394,3 +395,69 @@ def test_four_dimensional_mask(tmp_path):
     np.testing.assert_allclose(saved.affine, oblique_affine(), atol=1e-4)
     with pytest.raises(ValueError, match="shape"):
         write_mask(tmp_path / "mask.nii.gz", mask[..., :2], affine, header)
+
+
+# --- Headers that say little, or two things -------------------------------------------------------
+
+THICK = np.diag([-1.25, -1.25, 10.0, 1.0])
+
+
+def with_header(path, *fields, affine=THICK, shape=(5, 4, 3)):
+    """A file in whose header (offset, struct format, value) are put."""
+    raw = bytearray(nib.Nifti1Image(np.arange(np.prod(shape)).reshape(shape).astype("i2"), affine).to_bytes())
+    for offset, form, value in fields:
+        struct.pack_into(form, raw, offset, value)
+    path.write_bytes(gzip.compress(bytes(raw)) if path.suffix == ".gz" else bytes(raw))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_a_voxel_size_of_0_is_that_of_the_sform_or_none(tmp_path, name, capfd):
+    path = with_header(tmp_path / name, (88, "<f", 0.0))
+    array, affine, header = nifti.read_image(path)
+    np.testing.assert_allclose(affine, THICK)
+    nifti.write_mask(tmp_path / "mask.nii.gz", array[..., 0].astype("u1"), affine, header)
+    np.testing.assert_allclose(nifti.read_label(tmp_path / "mask.nii.gz")[1], THICK)
+    # Without one there is none, and it is not taken for 1 mm.
+    path = with_header(tmp_path / name, (88, "<f", 0.0), (252, "<h", 0), (254, "<h", 0))
+    assert np.linalg.norm(nifti.read_image(path)[1][:3, 2]) == 0
+    # A plane has no third size that could be missing.
+    path = with_header(tmp_path / name, (88, "<f", 0.0), (254, "<h", 0), shape=(5, 4))
+    assert np.linalg.norm(nifti.read_image(path)[1][:3, 2]) == 1
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("unit", "size"), [(1, 1e-3), (3, 1e3), (2, 1.0), (0, 1.0)])
+def test_metres_and_microns_become_millimetres_as_in_itk(tmp_path, unit, size):
+    path = with_header(tmp_path / "a.nii", (123, "<B", unit), affine=np.diag([size, size, size, 1]) @ THICK)
+    array, affine, header = nifti.read_image(path)
+    np.testing.assert_allclose(affine, THICK, rtol=1e-6)
+    itk = pytest.importorskip("SimpleITK").ReadImage(str(path))
+    np.testing.assert_allclose(itk.GetSpacing(), (1.25, 1.25, 10), rtol=1e-5)
+    nifti.write_mask(tmp_path / "mask.nii", array[..., 0].astype("u1"), affine, header)
+    assert nib.load(tmp_path / "mask.nii").header["xyzt_units"] == unit
+
+
+def test_channels_as_itk_writes_them(tmp_path):
+    sitk = pytest.importorskip("SimpleITK")
+    voxels = np.random.default_rng(0).normal(size=(5, 4, 3, 2)).astype("f4")
+    sitk.WriteImage(sitk.GetImageFromArray(voxels.transpose(2, 1, 0, 3), isVector=True), tmp_path / "a.nii.gz")
+    assert nib.load(tmp_path / "a.nii.gz").shape == (5, 4, 3, 1, 2)
+    array, affine, header = nifti.read_image(tmp_path / "a.nii.gz", channels=True)
+    np.testing.assert_array_equal(array, voxels)
+    with pytest.raises(ValueError, match=r"4-D, shape \(5, 4, 3, 2\)"):
+        nifti.read_image(tmp_path / "a.nii.gz")
+    for mask in (np.ones((5, 4, 3), "u1"), np.ones((5, 4, 3, 2), "u1")):
+        nifti.write_mask(tmp_path / "mask.nii.gz", mask, affine, header)
+        assert nib.load(tmp_path / "mask.nii.gz").shape == mask.shape
+
+
+def test_a_header_that_says_two_things_is_told(tmp_path):
+    assert nifti.header_warning(with_header(tmp_path / "a.nii")) == ""
+    larger = with_header(tmp_path / "b.nii", (88, "<f", 5.0))
+    assert "b.nii: its voxels are 1.25 x 1.25 x 5 mm by pixdim and 1.25 x 1.25 x 10 mm by the sform" in (
+        nifti.header_warning(larger)
+    )
+    assert nifti.header_warning(with_header(tmp_path / "c.nii", (88, "<f", 5.0), affine=np.eye(4))) == ""
+    mirrored = with_header(tmp_path / "d.nii", (252, "<h", 1), (256, "<f", 0.0), (260, "<f", 0.0), (264, "<f", 0.0))
+    assert "d.nii: its sform and qform differ by up to" in nifti.header_warning(mirrored)

@@ -5,20 +5,26 @@ indices to millimetres. Every error is a ValueError or FileNotFoundError that st
 """
 
 import gzip
+import logging
 import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 from nibabel.affines import voxel_sizes
 
+# nibabel mends headers and says so, once for every time that it reads one; what matters of it is judged below.
+logging.getLogger("nibabel.global").setLevel(logging.ERROR)
+
 MAX_VOXELS = 2**31
 MAX_LABELS = 256
 FAR = 1e9  # mm; no scan lies so far away, none has voxels of the inverse
 SHEAR = 2e-4  # radians; headers in float32 or with few digits stay below
+MILLIMETRES = {1: 1e3, 3: 1e-3}  # in the units of xyzt_units that are not mm: metre and micron
 # Deflate cannot shrink by more than this factor, so a .gz file bounds the data that it holds.
 _DEFLATE_RATIO = 1032
 
@@ -27,13 +33,14 @@ def read_image(path: str | Path, channels: bool = False) -> tuple[np.ndarray, np
     """Reads an image.
 
     Args:
-      path: a `.nii` or `.nii.gz` file of shape (X, Y), (X, Y, Z) or (X, Y, Z, 1); other 4-D shapes
-        only with `channels`.
+      path: a `.nii` or `.nii.gz` file of shape (X, Y), (X, Y, Z) or (X, Y, Z, 1); other 4-D shapes, or (X, Y, Z, 1, C)
+        as ITK writes it, only with `channels`.
       channels: take the fourth axis as the channels of one image.
 
     Returns:
       The image as float32 (X, Y, Z, C) with the file's intensity scaling applied, C = 1 for a 3-D
-      file; its affine, float64 (4, 4), mm, with the voxel sizes of pixdim; its header, for `write_mask`.
+      file; its affine, float64 (4, 4), mm whatever the file's unit, with the voxel sizes of pixdim; its header, for
+      `write_mask`.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -169,6 +176,31 @@ def shear_warning(path: str | Path, affine: np.ndarray) -> str:
     )
 
 
+def header_warning(path: str | Path) -> str:
+    """What to tell of a file whose header gives two directions or voxel sizes, "" if they agree.
+
+    A sform that is the unit matrix, as that of ACDC, counts as left empty.
+    """
+    image: Any = nib.load(path)
+    header = image.header
+    sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
+    if sform is None or np.array_equal(sform[:3, :3], np.eye(3)):
+        return ""
+    sizes, pixdim = voxel_sizes(sform), np.abs(np.asarray(header["pixdim"][1:4], np.float64))
+    if (sizes > 0).all() and (pixdim > 0).all() and not np.allclose(sizes, pixdim, rtol=0.01):
+        return (
+            f"{path}: its voxels are {_sizes(pixdim)} mm by pixdim and {_sizes(sizes)} mm by the sform: pixdim counts; "
+            "correct the header"
+        )
+    extent = [*image.shape[:3], *[1] * (4 - len(image.shape[:3]))]  # and 1 for the origin
+    if qform is not None and (apart := np.linalg.norm(np.abs(sform - qform)[:3] @ extent)) > sizes.max():
+        return (
+            f"{path}: its sform and qform differ by up to {apart:.3g} mm and may be mirrored: the sform counts; make "
+            "them equal"
+        )
+    return ""
+
+
 def write_mask(path: str | Path, mask: np.ndarray, affine: np.ndarray, header: nib.Nifti1Header) -> None:
     """Writes a mask that overlays the image that `affine` and `header` come from.
 
@@ -192,7 +224,7 @@ def write_mask(path: str | Path, mask: np.ndarray, affine: np.ndarray, header: n
         raise ValueError(f"{path}: a mask's file name must end in .nii or .nii.gz")
     if mask.dtype.kind not in "biu" or (mask.size and mask.min() < 0):
         raise ValueError(f"{path}: a mask holds whole numbers >= 0, got {mask.dtype}")
-    shape = header.get_data_shape()
+    shape = _without_fourth_of_five(header.get_data_shape())
     shape = shape if mask.ndim == 4 else shape[:3]
     if mask.shape != shape + (1,) * (3 - len(shape)):
         raise ValueError(f"{path}: the mask's shape {mask.shape} is not the image's, {shape}")
@@ -211,6 +243,7 @@ def write_mask(path: str | Path, mask: np.ndarray, affine: np.ndarray, header: n
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     # With an affine nibabel would rewrite qform and sform; without one it leaves the header's.
     image = image_class(mask.astype(dtype).reshape(shape), None, header)
+    image.header["pixdim"] = header["pixdim"]  # of which it mends a 0
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
@@ -240,7 +273,7 @@ def _load(path: str | Path, dtype: type | None) -> tuple[nib.Nifti1Image, np.nda
         kind = "an RGB colour" if stored.fields else f"a {stored}"
         raise ValueError(f"{path}: is {kind} image; convert it to one number per voxel")
 
-    shape = image.shape
+    shape = _without_fourth_of_five(image.shape)
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     shape = shape + (1,) * (3 - len(shape)) if len(shape) >= 2 else shape
@@ -264,6 +297,10 @@ def _load(path: str | Path, dtype: type | None) -> tuple[nib.Nifti1Image, np.nda
                 while file.read(2**20):
                     pass
             image = type(image).from_bytes(content)
+        else:
+            with open(path, "rb") as file:
+                content = file.read(image.header.sizeof_hdr)
+        _keep_zero_sizes(image.header, content)
         with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf, which callers refuse
             array = np.asanyarray(image.dataobj) if dtype is None else image.get_fdata("unchanged", dtype)
     except Exception as error:
@@ -271,12 +308,25 @@ def _load(path: str | Path, dtype: type | None) -> tuple[nib.Nifti1Image, np.nda
     return image, array.reshape(shape)
 
 
+def _without_fourth_of_five(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(X, Y, Z, 1, C), ITK's shape of an image with channels, as (X, Y, Z, C)."""
+    return (*shape[:3], *shape[4:]) if len(shape) == 5 and shape[3] == 1 else shape
+
+
+def _keep_zero_sizes(header: nib.Nifti1Header, content: bytes) -> None:
+    """Puts back a voxel size of 0 that the file has, for which nibabel takes 1 mm: only the sform can tell it then."""
+    stored = type(header)(content[: header.sizeof_hdr], check=False)
+    for axis in range(1, 1 + min(3, int(header["dim"][0]))):
+        if stored["pixdim"][axis] == 0:
+            header["pixdim"][axis] = 0
+
+
 @np.errstate(all="ignore")  # `check_affine` refuses what is not finite
 def _affine(header: nib.Nifti1Header) -> np.ndarray:
     """Voxel indices to mm: directions and origin of the affine, voxel sizes of pixdim where the two disagree.
 
     They agree in most files. ACDC's have the unit matrix as sform and the true sizes in pixdim alone, and ITK, behind
-    the published figures, takes those.
+    the published figures, takes those. A file in metres or microns is converted.
     """
     affine = np.array(header.get_best_affine(), np.float64)
     sizes = voxel_sizes(affine)
@@ -284,6 +334,7 @@ def _affine(header: nib.Nifti1Header) -> np.ndarray:
     usable = np.isfinite(pixdim).all() and (pixdim > 0).all() and np.isfinite(sizes).all() and (sizes > 0).all()
     if usable and not np.allclose(sizes, pixdim, rtol=0.01):
         affine[:3, :3] *= pixdim / sizes
+    affine[:3] *= MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)
     return affine
 
 
@@ -294,6 +345,10 @@ def _shear(affine: np.ndarray) -> float:
         return 0.0
     unit = affine[:3, :3] / sizes
     return float(np.arcsin(np.clip(np.abs(unit.T @ unit - np.eye(3)).max(), 0, 1)))
+
+
+def _sizes(sizes: np.ndarray) -> str:
+    return " x ".join(f"{size:.4g}" for size in sizes)
 
 
 def _some(values: np.ndarray) -> str:
