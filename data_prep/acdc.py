@@ -125,7 +125,8 @@ def read_frames(path: Path) -> tuple[int, ...]:
     """Frame numbers of end-diastole and end-systole, from lines such as "ED: 1" and "ES: 9"."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: does not exist: restore it, it names the ED and ES frames")
-    fields = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+    text = path.read_text(encoding="utf-8-sig", errors="replace")  # a wrong letter leaves no number
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     frames = []
     for key in ("ED", "ES"):
         value = fields.get(key, "").strip()

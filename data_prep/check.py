@@ -25,9 +25,8 @@ from data_prep import acdc, chaos, common, folder, la2018, mmwhs, msd, ssl4mis, 
 from data_prep.common import CaseFacts
 from data_prep.folder import Scan
 from sscl_jax import cli
+from sscl_jax.data import formats
 from sscl_jax.data.prepared import SPLITS, Case, CaseSource, PreparedDataset, map_ahead, open_prepared
-
-MASK_ENDINGS = ("_gt", "_seg", "_mask", "_label")
 
 
 class Findings(NamedTuple):
@@ -64,7 +63,7 @@ def check(path: Path) -> list[Findings]:
         return [check_acdc(path)]
     if (path / "dataset.json").is_file():
         return [check_msd(path)]
-    if path.is_file() and path.suffix == ".csv":
+    if path.is_file() and path.suffix.lower() in (".csv", ".tsv"):
         return [check_scans("CSV list", *folder.list_csv(path), [])]
     if (path / "images").is_dir() or (path / "imagesTr").is_dir():
         others = [f"{other}: is no NIfTI file: it is ignored" for other in folder.other_files(path)]
@@ -73,8 +72,9 @@ def check(path: Path) -> list[Findings]:
         return [check_ssl4mis(path)]
     if found := check_archives(path):
         return found
-    if scans := list_nifti(path):
-        return [check_scans("folder of NIfTI files", scans, [], [])]
+    scans, problems = list_nifti(path)
+    if scans:
+        return [check_scans("folder of NIfTI files", scans, problems, [])]
     raise FileNotFoundError(
         f"{path}: nothing there that is known ({_few([p.name for p in sorted(path.glob('*'))]) or 'empty'}): give the "
         "folder of a data set, as `python -m data_prep` lists them"
@@ -156,12 +156,13 @@ def check_archives(path: Path) -> list[Findings]:
 
 def check_ssl4mis(path: Path) -> Findings:
     """Reads the files of SSL4MIS's layout, those that its lists leave out as well."""
-    sources = ssl4mis.list_sources(path, spacing=(1.0, 1.0, 1.0))  # any will do: nothing here is measured in mm
-    problems: list[str] = []
+    # Any spacing will do: nothing here is measured in mm.
+    sources, problems = ssl4mis.list_sources(path, spacing=(1.0, 1.0, 1.0))
     try:
-        sources, _, problems = ssl4mis.take_lists(sources, path)
+        sources, _, more = ssl4mis.take_lists(sources, path)
+        problems += more
     except FileNotFoundError as error:
-        problems = [str(error)]
+        problems.append(str(error))
     is_acdc = all(re.fullmatch(r"patient\d{3}_frame\d\d", source.case_id) for source in sources)
     names = dict(enumerate(ssl4mis.CLASSES)) if is_acdc else None
     told = f"{path}: its files hold no voxel size: prepare asks for it with --spacing"
@@ -192,14 +193,19 @@ def check_sources(
     return Findings(kind, cases, facts, names, list(problems), list(others))
 
 
-def list_nifti(path: Path) -> list[Scan]:
-    """Images at any depth of a folder, or the one file, with the masks beside them."""
+def list_nifti(path: Path) -> tuple[list[Scan], list[str]]:
+    """Images at any depth of a folder, or the one file, with the masks beside them; problems, one line each."""
     found = [path] if path.is_file() else sorted(path.rglob("*"))
     files = [p for p in found if p.name.lower().endswith(common.NIFTI) and p.name[0] != "." and p.is_file()]
+    problems = [
+        line
+        for each in sorted({p.parent for p in files})
+        for line in common.by_stem([p for p in files if p.parent == each])[1]
+    ]
     place = {p: str(p.parent / common.stem(p)).removesuffix("_image") for p in files}
     masks = {}
     for p, name in place.items():
-        image = next((name.removesuffix(ending) for ending in MASK_ENDINGS if name.endswith(ending)), None)
+        image = next((name.removesuffix(ending) for ending in formats.MASK_ENDINGS if name.endswith(ending)), None)
         if image in place.values():
             masks[image] = p
     base = path if path.is_dir() else path.parent
@@ -207,7 +213,7 @@ def list_nifti(path: Path) -> list[Scan]:
         Scan("_".join(Path(name).relative_to(base).parts), p, masks.get(name))
         for p, name in place.items()
         if p not in masks.values()
-    ]
+    ], problems
 
 
 def report(path: Path, findings: Findings) -> tuple[str, int]:

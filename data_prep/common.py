@@ -92,6 +92,13 @@ def stem(path: Path) -> str:
     return path.name[: len(path.name) - len(ending)]
 
 
+def by_stem(paths: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
+    """Files by their name without ending; a problem for each that has the name of another, as a.nii and a.nii.gz."""
+    found: dict[str, Path] = {}
+    twice = [path for path in paths if found.setdefault(stem(path), path) != path]
+    return found, [f"{path}: has the name of {found[stem(path)]}: remove one of them" for path in twice]
+
+
 def read_splits(path: Path) -> dict[str, list[str]]:
     """Reads a split file: JSON with lists of patient ids under "train", "val" and "test".
 
@@ -134,27 +141,28 @@ def read_splits(path: Path) -> dict[str, list[str]]:
 
 
 def tell_missing(patients: dict[str, list[str]], present: Collection[str], splits: Path) -> None:
-    """Prints which patients of a split file are absent, and which present ones it leaves out.
-
-    Raises:
-      ValueError: no train patient is present.
-    """
+    """Prints which patients of a split file are absent, and which present ones it leaves out; see `require_train`."""
+    require_train(patients, present, splits)
 
     def few(names: list[str]) -> str:
         return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
     for split, ids in patients.items():
         missing = [patient for patient in ids if patient not in present]
-        if split == "train" and len(missing) == len(ids):
-            raise ValueError(
-                f"none of the {len(ids)} train patients of {splits} is in the input: "
-                "check --input, or give --splits a file that lists your patients"
-            )
         if missing:
             print(f"missing: {len(missing)} of {len(ids)} {split} patients ({few(missing)})")
     unlisted = sorted(set(present).difference(*patients.values()))
     if unlisted:
         print(f"ignored: {len(unlisted)} patients that are in no split ({few(unlisted)})")
+
+
+def require_train(patients: dict[str, list[str]], present: Collection[str], splits: Path) -> None:
+    """Raises ValueError if no train patient of a split file is present."""
+    if not set(present).intersection(patients["train"]):
+        raise ValueError(
+            f"none of the {len(patients['train'])} train patients of {splits} is in the input: "
+            "check --input, or give --splits a file that lists your patients"
+        )
 
 
 def put_into_splits(

@@ -40,6 +40,7 @@ from sscl_jax.data import nifti
 from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset, write_prepared
 from sscl_jax.data.recipe import Recipe
 
+CSV_COLUMNS = ("image", "label", "patient", "split")
 PATIENT_NAME = r"^(.*?\d+)(?![0-9A-Za-z])"
 # Slice axis, then rows and columns as a reader sees them: head or face up, right side on the left.
 ORIENTATIONS = {"foot-head": "SPL", "front-back": "AIL", "left-right": "LIP"}
@@ -114,6 +115,8 @@ def prepare(
         raise ValueError("give either --input DIR or --csv FILE")
     check_options(spacing, val_fraction, test_fraction)
     scans, problems = (list_folder if input_dir else list_csv)(Path(listing))
+    if not scans and not problems:
+        raise ValueError(f"{listing}: lists no image: give one with at least one .nii or .nii.gz file")
     if splits is not None and any(scan.split for scan in scans):
         raise ValueError(f"{listing} has a split column: give that or --splits, not both")
     if input_dir and (others := other_files(input_dir)):
@@ -139,7 +142,11 @@ def prepare(
     if label_values is None:
         label_values = sorted({0}.union(*(fact.values for fact in facts)))
         if len(label_values) < 2:
-            raise ValueError("no mask holds a value other than 0: add masks, or give --label_values")
+            raise ValueError(
+                f"{listing}: no mask holds a value other than 0, and "
+                f"{sum(source.label_path is None for source in sources)} of {len(sources)} images have no mask: add "
+                "masks, in labels/ by the name of their image, or give --label_values"
+            )
     orientation, grid_spacing = fit_grid(facts, orientation, spacing)
     recipe = Recipe(
         orientation=orientation,
@@ -179,9 +186,8 @@ def list_folder(folder: Path) -> tuple[list[Scan], list[str]]:
         raise FileNotFoundError(
             f"{folder} has no folder images/: put images there and masks into labels/, or use --csv"
         )
-    masks = {common.stem(path): path for path in common.nifti_files(labels)}
+    masks, problems = common.by_stem(common.nifti_files(labels))
     scans: list[Scan] = []
-    problems = []
     for case_id, paths in group_channels(common.nifti_files(images), masks).items():
         stems = [common.stem(path) for path in paths]
         channels = stems[0] != case_id
@@ -241,37 +247,49 @@ def list_csv(file: Path) -> tuple[list[Scan], list[str]]:
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: give --csv a file with a column image")
-    with open(file, newline="", encoding="utf-8-sig") as lines:
-        reader = csv.DictReader(lines)
-        columns = reader.fieldnames or []
-        rows = list(reader)
-    unknown = sorted(set(columns) - {"image", "label", "patient", "split"})
-    if "image" not in columns or unknown:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error}): save it as CSV UTF-8") from error
+    # Spreadsheets put between the cells what is usual in the country.
+    reader = csv.reader(lines, delimiter=max(",;\t", key=lines[0].count) if lines else ",")
+    header, *rows = [[cell.strip() for cell in row] for row in reader] or [[]]
+    columns = [name.lower() for name in header if name]
+    unknown = {name for name in columns if name not in CSV_COLUMNS or columns.count(name) > 1}
+    if "image" not in columns or unknown or any(header[len(columns) :]):
         raise ValueError(
-            f"{file} has the columns {', '.join(columns)}: name them image and, optionally, label, patient, split"
+            f"{file} has the columns {', '.join(header)}: name them image and, optionally, label, patient, split"
         )
     scans, problems = [], []
-    with_split = any((row.get("split") or "").strip() for row in rows)
-    seen: dict[str, tuple[int, Path]] = {}
+    with_split = "split" in columns and any("".join(row[columns.index("split") :][:1]) for row in rows)
+    seen: dict[str | Path, int] = {}
     for number, row in enumerate(rows, start=2):
-        cells = {key: (row.get(key) or "").strip() for key in ("image", "label", "patient", "split")}
         where = f"{file}, line {number}"
+        cells = dict.fromkeys(CSV_COLUMNS, "") | dict(zip(columns, row, strict=False))
+        if any(row[len(columns) :]):
+            problems.append(f"{where}: has more than {len(columns)} cells: put quotes around a path with a comma")
+            continue
+        if not any(row):
+            continue
         if not cells["image"]:
             problems.append(f"{where}: has no image: fill in its path or remove the line")
             continue
         if with_split and cells["split"] not in SPLITS:
             problems.append(f"{where}: split is {cells['split']!r}: write train, val or test on every line")
-        listed = Path(cells["image"])
+        listed, label = (Path(cells[column].replace("\\", "/")) for column in ("image", "label"))
         parts = [part for part in listed.with_name(common.stem(listed)).parts if part not in ("/", "..")]
         case_id = "_".join(parts)
-        if case_id in seen:
-            line, other = seen[case_id]
-            same = f"is the same image as line {line}: remove one line"
-            problems.append(f"{where}: {same if other == listed else f'{listed} has the name of {other}: rename one'}")
+        image = file.parent / listed
+        same = [seen[key] for key in (image.resolve(), case_id) if key in seen]
+        if same:
+            problems.append(
+                f"{where}: is the same image as line {same[0]}, or would have the same name, {case_id}: "
+                "remove one line, or rename one file"
+            )
             continue
-        seen[case_id] = number, listed
-        label = file.parent / cells["label"] if cells["label"] else None
-        scans.append(Scan(case_id, file.parent / listed, label, cells["patient"], cells["split"]))
+        seen |= {case_id: number, image.resolve(): number}
+        mask = file.parent / label if cells["label"] else None
+        scans.append(Scan(case_id, image, mask, cells["patient"], cells["split"]))
     return scans, problems
 
 
@@ -362,8 +380,10 @@ def take_splits(
     """Patients by a split file, see `read_splits`, or else drawn; problems, one line each."""
     if splits is None:
         return draw_splits(sources, val_fraction, test_fraction, seed)
+    present = {source.patient_id for source in sources}
+    common.require_train(common.read_splits(splits), present, splits)
     patients = read_splits(sources, splits)
-    common.tell_missing(patients, {source.patient_id for source in sources}, splits)
+    common.tell_missing(patients, present, splits)
     return patients, []
 
 

@@ -96,7 +96,7 @@ def list_sources(input_dir: Path, modality: str, no_test_images: bool = False) -
     parts = ("train",) if no_test_images else ("train", "test")
     folders = [path for part in parts for path in sorted(input_dir.glob(f"{modality}_{part}*")) if path.is_dir()]
     files = [path for each in folders for path in common.nifti_files(each)]
-    by_name = {common.stem(path): path for path in files}
+    by_name, problems = common.by_stem(files)
     names = [match[1] for name in by_name if (match := re.fullmatch(rf"({modality}_(?:train|test)_\d+)_image", name))]
     if not names:
         raise FileNotFoundError(
@@ -113,8 +113,11 @@ def list_sources(input_dir: Path, modality: str, no_test_images: bool = False) -
     ignored = [path for path in files if path not in used and path not in alone]
     if ignored:
         print(f"ignored: {len(ignored)} other files, such as {ignored[0]}")
-    return sources, [f"{path}: has no image beside it: add {path.name.replace('_label', '_image')} or remove the label"
-                   for path in alone]  # fmt: skip
+    problems += [
+        f"{path}: has no image beside it: add {path.name.replace('_label', '_image')} or remove the label"
+        for path in alone
+    ]
+    return sources, problems
 
 
 def read_label(path: Path, told: set[Path]) -> tuple[np.ndarray, np.ndarray]:

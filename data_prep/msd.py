@@ -162,6 +162,10 @@ def read_labels(content: dict[str, Any], path: Path) -> tuple[dict[int, str], li
             problems.append(
                 f"{path}: labels {names[int(value)]!r} and {name!r} have the same value {value}: correct one"
             )
+        if name.lower() == "background" and int(value):
+            problems.append(
+                f"{path}: label {value} is background: masks must hold 0 there, map the values of the masks"
+            )
         names[int(value)] = name
     return {0: "background", **names}, problems
 
@@ -232,10 +236,11 @@ def list_training(base: Path, content: dict[str, Any]) -> tuple[list[Scan], list
     if "training" in content:
         scans, problems = _listed_training(base, content["training"])
     else:
-        masks = {common.stem(path): path for path in common.nifti_files(base / "labelsTr")}
+        masks, problems = common.by_stem(common.nifti_files(base / "labelsTr"))
         images = _first_channels(common.nifti_files(base / "imagesTr"), masks)
         scans = [Scan(name, path, masks.get(name)) for name, path in images]
-        problems = [] if scans else [f"{base / 'imagesTr'}: holds no .nii or .nii.gz file: put the images there"]
+        if not scans:
+            problems.append(f"{base / 'imagesTr'}: holds no .nii or .nii.gz file: put the images there")
     remedy = f"add it to {base / 'labelsTr'}, or move the image to {base / 'imagesTs'} if it has none"
     return scans, problems + [f"{scan.image}: has no mask: {remedy}" for scan in scans if scan.label is None]
 
@@ -251,7 +256,7 @@ def _listed_training(base: Path, entries: Any) -> tuple[list[Scan], list[str]]:
         if not image or not isinstance(image, str) or not isinstance(label, str | None):
             problems.append(f'{where}, entry {number} is {entry!r}: write {{"image": path, "label": path}}')
         else:
-            scans.append(_listed(base / image, base / label if label else None))
+            scans.append(_listed(base / image.replace("\\", "/"), base / label.replace("\\", "/") if label else None))
     return scans, problems
 
 
@@ -263,7 +268,7 @@ def list_test(base: Path, content: dict[str, Any]) -> tuple[list[Scan], list[str
     entries = content["test"]
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
         return [], [f'{base / "dataset.json"}: "test" is not a list of paths: correct it, or give --no_test_images']
-    scans = [_listed(base / entry, None) for entry in entries]
+    scans = [_listed(base / entry.replace("\\", "/"), None) for entry in entries]
     if scans and not any(scan.image.is_file() for scan in scans):
         print(f"ignored: the {len(scans)} test images that dataset.json lists, for none of them is there")
         return [], []

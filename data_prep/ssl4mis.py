@@ -93,11 +93,12 @@ def prepare(
     """
     input_dir = Path(input_dir)
     formats.axes_affine(spacing, axes)  # an option that cannot be is told once, not for each file
-    sources = list_sources(input_dir, spacing, axes)
+    sources, problems = list_sources(input_dir, spacing, axes)
     if splits is None:
-        sources, patients, problems = take_lists(sources, input_dir)
+        sources, patients, more = take_lists(sources, input_dir)
+        problems += more
     else:
-        patients, problems = common.read_splits(splits), []
+        patients = common.read_splits(splits)
     common.tell_missing(patients, {source.patient_id for source in sources}, splits or input_dir)
     sources = [source for source in sources if source.split != "none"]
     recipe = Recipe(
@@ -110,10 +111,10 @@ def prepare(
     return common.build(output, sources, recipe, patients, input_dir.resolve().name, problems, skip_bad)
 
 
-def list_sources(input_dir: Path, spacing: Sequence[float], axes: str = "SPL") -> list[CaseSource]:
-    """Cases of all files, whatever the lists say."""
-    files = find_files(input_dir / "data")
-    return [case_of(name, files[name], spacing, axes) for name in files]
+def list_sources(input_dir: Path, spacing: Sequence[float], axes: str = "SPL") -> tuple[list[CaseSource], list[str]]:
+    """Cases of all files, whatever the lists say; problems, one line each."""
+    files, problems = find_files(input_dir / "data")
+    return [case_of(name, files[name], spacing, axes) for name in files], problems
 
 
 def take_lists(
@@ -133,16 +134,19 @@ def take_lists(
     return [replace(s, split=split_of.get(s.case_id, "none")) for s in sources], patients, problems
 
 
-def find_files(folder: Path) -> dict[str, Files]:
-    """Files of each case, by name: `folder`/NAME.h5, `folder`/slices/NAME_slice_N.h5."""
+def find_files(folder: Path) -> tuple[dict[str, Files], list[str]]:
+    """Files of each case, by name: `folder`/NAME.h5, `folder`/slices/NAME_slice_N.h5; problems, one line each."""
+    problems = []
     found = {path.stem: Files(path, {}) for path in sorted(folder.glob("[!.]*.h5"))}
     for path in sorted((folder / "slices").glob("[!.]*.h5")):
         name, number = split_name(path.stem)
         if number is not None:
-            found.setdefault(name, Files(None, {})).slices[number] = path
+            first = found.setdefault(name, Files(None, {})).slices.setdefault(number, path)
+            if first != path:
+                problems.append(f"{path}: is the same slice as {first}: remove one of them")
     if not found:
         raise FileNotFoundError(f"{folder} has no .h5 file: give --input the folder with the lists and data/")
-    return found
+    return found, problems
 
 
 def read_lists(input_dir: Path) -> tuple[dict[str, list[str]], list[str]]:
@@ -155,8 +159,9 @@ def read_lists(input_dir: Path) -> tuple[dict[str, list[str]], list[str]]:
             raise FileNotFoundError(f"{input_dir} has no {' and no '.join(files)}: add one, or give --splits")
         if file is None:
             print(f"{split}: no {files[0]}, so no {split} patients")
-        listed = file.read_text().split() if file else []
-        names[split] = list(dict.fromkeys(split_name(line.removesuffix(".h5"))[0] for line in listed))
+        listed = file.read_text(encoding="utf-8-sig").split() if file else []
+        files_listed = [line.replace("\\", "/").split("/")[-1].removesuffix(".h5") for line in listed]
+        names[split] = list(dict.fromkeys(split_name(name)[0] for name in files_listed))
         if file and not listed:
             problems.append(f"{file}: is empty: list at least one name or remove it")
     return names, problems

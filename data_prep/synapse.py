@@ -99,7 +99,7 @@ def list_sources(
     parts = ("Training",) if no_test_images else ("Training", "Testing")
     images = [path for part in parts for path in common.nifti_files(base / part / "img")]
     labels = [path for part in parts for path in common.nifti_files(base / part / "label")]
-    image_of, label_of = _by_number(images, "img"), _by_number(labels, "label")
+    (image_of, twice), (label_of, more) = _by_number(images, "img"), _by_number(labels, "label")
     if not image_of:
         raise FileNotFoundError(
             f"{base} has no Training/img/img*.nii.gz: give --input the unpacked archive, with Training in it"
@@ -113,13 +113,16 @@ def list_sources(
     if ignored:
         print(f"ignored: {len(ignored)} other files, such as {ignored[0]}")
     alone = [(number, path) for number, path in label_of.items() if number not in image_of]
-    return sources, [f"{path}: has no image: add img{number}.nii.gz or remove the label" for number, path in alone]
+    return sources, twice + more + [
+        f"{path}: has no image: add img{number}.nii.gz or remove the label" for number, path in alone
+    ]
 
 
-def _by_number(paths: list[Path], word: str) -> dict[str, Path]:
-    """Files that are called `word` and a number, by that number."""
-    matches = {path: re.fullmatch(rf"{word}(\d+)", common.stem(path)) for path in paths}
-    return {match[1]: path for path, match in matches.items() if match}
+def _by_number(paths: list[Path], word: str) -> tuple[dict[str, Path], list[str]]:
+    """Files that are called `word` and a number, by that number; problems of `common.by_stem`."""
+    found, problems = common.by_stem(paths)
+    matches = {path: re.fullmatch(rf"{word}(\d+)", name) for name, path in found.items()}
+    return {match[1]: path for path, match in matches.items() if match}, problems
 
 
 def read_label(path: Path, kept: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

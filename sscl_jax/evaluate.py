@@ -17,7 +17,7 @@ import numpy as np
 from scipy import ndimage
 
 from sscl_jax import cli, metrics
-from sscl_jax.data import nifti
+from sscl_jax.data import formats
 from sscl_jax.data import recipe as recipes
 from sscl_jax.data.prepared import Case, PreparedDataset, open_prepared
 from sscl_jax.data.sampling import Pool
@@ -237,29 +237,36 @@ def write_case_table(
 def mask_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Path]]:
     """(case id, prediction, reference) of two folders, paired by relative path.
 
-    A reference may carry `_gt`, `_label` or `_seg` behind the scan's name. Every reference needs a prediction, and
-    every prediction a reference, since it would silently not count; scans that lie beside references are passed over.
+    Masks are of any format that `predict` reads from one file. A reference may carry `_gt`, `_label`, `_seg` or `_mask`
+    behind the scan's name. Every reference needs a prediction, and every prediction a reference, since it would
+    silently not count; scans that lie beside references are passed over, and so are hidden files.
 
     Raises:
       FileNotFoundError: a folder is missing or empty, or files lack a partner; names them.
+      ValueError: two files have one name, as a.nii and a.nii.gz.
     """
 
     def masks(folder: Path) -> dict[str, Path]:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder.")
-        files = sorted(p for p in folder.rglob("*") if p.name.endswith((".nii", ".nii.gz")) and p.is_file())
+        files = sorted(p for p in folder.rglob("[!.]*") if p.name.lower().endswith(formats.SUFFIXES) and p.is_file())
         if not files:
             raise FileNotFoundError(f"{folder}: no .nii or .nii.gz file there.")
-        return {str(p.relative_to(folder)).removesuffix(".gz").removesuffix(".nii"): p for p in files}
+        named: dict[str, Path] = {}
+        for path in files:
+            first = named.setdefault(str(path.relative_to(folder).with_name(formats.stem(path))), path)
+            if first != path:
+                raise ValueError(f"{path}: has the name of {first}: remove one of them.")
+        return named
 
     predicted, found = masks(predictions), masks(references)
     pairs, used = [], set()
     for name, path in found.items():
         stem = name
-        for suffix in ("_gt", "_label", "_seg"):
+        for suffix in formats.MASK_ENDINGS:
             stem = stem.removesuffix(suffix)
         partner = name if name in predicted else stem
-        if any(f"{name}{s}" in found for s in ("_gt", "_label", "_seg")):
+        if any(f"{name}{s}" in found for s in formats.MASK_ENDINGS):
             continue  # the scan itself, beside its reference
         if partner not in predicted:
             raise FileNotFoundError(f"{path}: {predictions} has no prediction {partner}.nii.gz for it.")
@@ -271,7 +278,7 @@ def mask_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Pat
 
 
 def evaluate_folders(predictions: Path, references: Path) -> tuple[list[str], list[str], list[metrics.CaseMetrics]]:
-    """Measures masks against reference masks on disk.
+    """Measures masks against reference masks on disk; warns of values that predictions alone have.
 
     Returns:
       Case ids; class names (the label values, of all files, in ascending order); metrics by case.
@@ -281,21 +288,25 @@ def evaluate_folders(predictions: Path, references: Path) -> tuple[list[str], li
       ValueError: a pair differs in shape or geometry, or a file is not a label map.
     """
     pairs = mask_pairs(predictions, references)
-    values: set[int] = {0}
-    for _, *paths in pairs:
-        for path in paths:
-            values |= {int(v) for v in np.unique(nifti.read_label(path)[0])}
-    ordered = sorted(values)
+    predicted_values, values = (
+        {0}.union(*(np.unique(formats.read_label(pair[i])[0]).tolist() for pair in pairs)) for i in (1, 2)
+    )
+    if unknown := sorted(predicted_values - values):
+        told = f"{predictions}: label values {', '.join(map(str, unknown))} are in no reference, so their Dice is 0"
+        print(f"warning: {told}: if they stand for other values there, map them", file=sys.stderr)
+    ordered = sorted(predicted_values | values)
     if len(ordered) < 2:
         raise ValueError(f"{references}: all masks are empty: there is nothing to measure.")
     results = []
     for _, predicted, reference in pairs:
-        (p, p_affine), (r, r_affine) = nifti.read_label(predicted), nifti.read_label(reference)
+        (p, p_affine), (r, r_affine) = formats.read_label(predicted), formats.read_label(reference)
         if p.shape != r.shape:
-            raise ValueError(f"{predicted}: shape {p.shape}, but {reference} has {r.shape}.")
+            raise ValueError(f"{predicted}: shape {p.shape}, but {reference} has {r.shape}: put both on one grid.")
+        spacing = tuple(np.linalg.norm(r_affine[:3, :3], axis=0).tolist())
+        if not all(0 < size < np.inf for size in spacing):
+            raise ValueError(f"{reference}: its voxel sizes are {spacing}: write them into its header, in mm.")
         if not np.allclose(p_affine, r_affine, atol=1e-3):
             raise ValueError(f"{predicted}: its affine is not that of {reference}: they are not the same grid.")
-        spacing = tuple(np.linalg.norm(r_affine[:3, :3], axis=0))
         p, r = (recipes.map_labels(array, ordered) for array in (p, r))
         results.append(metrics.case_metrics(p, r, len(ordered), spacing))
     return [name for name, *_ in pairs], [str(v) for v in ordered], results

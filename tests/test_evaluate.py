@@ -1,5 +1,7 @@
 import csv
+import gzip
 import json
+import struct
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -324,3 +326,58 @@ def test_features_meet_the_labels_of_their_pixels():
 def test_no_more_pixels_of_a_class_than_asked_for():
     counts = np.bincount(evaluate.pixel_features(Labels(), {}, Labels(), 3, per_class=5, batch=2)[1])
     assert counts[1:].tolist() == [5, 5] and counts[0] <= 5
+
+
+# --- Masks on disk, as they come ------------------------------------------------------------------
+
+
+def write_mask(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.diag([-1.0, -1.0, 4.0, 1.0])), path)
+    return path
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """One prediction that is its reference: values 0 and 1."""
+    mask = np.random.default_rng(0).integers(0, 2, (6, 5, 4)).astype("u1")
+    return write_mask(tmp_path / "p" / "a.nii.gz", mask), write_mask(tmp_path / "r" / "a.nii.gz", mask), mask
+
+
+def test_hidden_files_and_endings_of_masks(pair):
+    prediction, reference, mask = pair
+    (prediction.parent / "._a.nii.gz").write_bytes(b"macOS")
+    reference.rename(reference.parent / "a_mask.NII.GZ")
+    _, _, (measured,) = evaluate.evaluate_folders(prediction.parent, reference.parent)
+    assert measured.dice.tolist() == [1.0]
+    nib.save(nib.Nifti1Image(1 - mask, nib.load(prediction).affine), prediction.parent / "a.nii")
+    with pytest.raises(ValueError, match=r"a\.nii\.gz: has the name of .*a\.nii: remove one"):
+        evaluate.evaluate_folders(prediction.parent, reference.parent)
+
+
+def test_masks_of_other_formats_are_measured(pair):
+    sitk = pytest.importorskip("SimpleITK")
+    prediction, reference, _ = pair
+    sitk.WriteImage(sitk.ReadImage(str(prediction)), prediction.parent / "a.nrrd")
+    prediction.unlink()
+    _, _, (measured,) = evaluate.evaluate_folders(prediction.parent, reference.parent)
+    assert measured.dice.tolist() == [1.0]
+
+
+def test_values_that_predictions_alone_have_are_told(pair, capsys):
+    prediction, reference, mask = pair
+    write_mask(prediction, mask * 255)
+    _, names, (measured,) = evaluate.evaluate_folders(prediction.parent, reference.parent)
+    assert names == ["0", "1", "255"] and measured.dice.tolist() == [0.0, 0.0]
+    assert "label values 255 are in no reference" in capsys.readouterr().err
+
+
+def test_a_reference_without_voxel_size_is_not_measured_in_mm(pair):
+    prediction, reference, _ = pair
+    for path in (prediction, reference):
+        raw = bytearray(gzip.decompress(path.read_bytes()))
+        struct.pack_into("<f", raw, 88, 0.0)  # pixdim of the third axis
+        struct.pack_into("<h", raw, 254, 0)  # no sform
+        path.write_bytes(gzip.compress(bytes(raw)))
+    with pytest.raises(ValueError, match=r"r/a\.nii\.gz: its voxel sizes are .*0\.0\): write them into its header"):
+        evaluate.evaluate_folders(prediction.parent, reference.parent)

@@ -38,7 +38,7 @@ import pytest
 from conftest import tiny
 from scipy.spatial.transform import Rotation
 
-from data_prep import common, folder
+from data_prep import check, common, folder
 from sscl_jax import augment, evaluate, losses, train
 from sscl_jax.data import nifti
 from sscl_jax.data.prepared import open_prepared
@@ -440,3 +440,109 @@ def test_a_folder_of_nifti_without_network(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     dataset = folder.prepare(tmp_path / "out", write_pairs(tmp_path / "in", ["a", "b"]), **ALL_TRAIN)
     assert len(dataset.cases) == 2 and dataset.label(0).max() == 2
+
+
+# --- Lists, names and headers ---------------------------------------------------------------------
+
+
+def write_csv(base, text, encoding="utf-8", name="list.csv"):
+    (base / name).write_bytes(text.encode(encoding))
+    return base / name
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("image,label,split\r\nimages/a.nii.gz,labels/a.nii.gz,train\r\nimages/b.nii.gz,,val\r\n", "utf-8-sig"),
+        ("Image; Label; Split\nimages/a.nii.gz; labels/a.nii.gz; train\n\nimages/b.nii.gz; ; val\n;;\n", "utf-8"),
+        ("image\tlabel\tsplit\rimages\\a.nii.gz\tlabels\\a.nii.gz\ttrain\rimages\\b.nii.gz\t\tval", "utf-8"),
+        ("image,label,split,,\nimages/a.nii.gz,labels/a.nii.gz,train,,\nimages/b.nii.gz,,val,,\n", "utf-8"),
+    ],
+)
+def test_lists_as_spreadsheets_write_them(tmp_path, text, encoding):
+    base = write_pairs(tmp_path, ["a", "b"])
+    scans, problems = folder.list_csv(write_csv(base, text, encoding))
+    assert problems == []
+    assert [(scan.case_id, scan.split) for scan in scans] == [("images_a", "train"), ("images_b", "val")]
+    assert scans[0].image.samefile(base / "images" / "a.nii.gz")
+    assert scans[0].label.samefile(base / "labels" / "a.nii.gz") and scans[1].label is None
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "message"),
+    [
+        ("image,patient\na.nii.gz,Müller\n", "latin-1", r"list\.csv is not UTF-8 .*: save it as CSV UTF-8"),
+        ("image,label\na.nii.gz,\n", "utf-16", "is not UTF-8"),
+        ("image,image\na.nii.gz,b.nii.gz\n", "utf-8", "has the columns image, image: name them"),
+        ("a.nii.gz,b.nii.gz\n", "utf-8", r"has the columns a\.nii\.gz, b\.nii\.gz: name them"),
+        ("", "utf-8", "has the columns : name them"),
+        ("image,label\n", "utf-8", "lists no image: give one"),
+    ],
+)
+def test_lists_that_cannot_be_read_are_named(tmp_path, text, encoding, message):
+    with pytest.raises(ValueError, match=message):
+        folder.prepare(tmp_path / "out", csv_file=write_csv(tmp_path, text, encoding))
+
+
+def test_lines_of_a_list_that_cannot_be(tmp_path):
+    base = write_pairs(tmp_path, ["a", "b"])
+    lines = [
+        "image,label",
+        "images/a.nii.gz,labels/a.nii.gz",
+        f"{base}/images/a.nii.gz,labels/b.nii.gz",
+        "images_a.nii.gz,",
+        "images/a, second.nii.gz,labels/a.nii.gz",
+    ]
+    scans, problems = folder.list_csv(write_csv(base, "\n".join(lines)))
+    assert [scan.case_id for scan in scans] == ["images_a"] and len(problems) == 3
+    for number, line in zip((3, 4), problems, strict=False):
+        assert f"line {number}: is the same image as line 2, or would have the same name" in line
+    assert "line 5: has more than 2 cells: put quotes around a path with a comma" in problems[2]
+
+
+def test_a_mask_in_two_files_of_one_name_is_not_chosen_silently(tmp_path):
+    base = write_pairs(tmp_path / "in", ["a"])
+    write(base / "labels" / "a.nii", label(5))
+    (line,) = problems_of(base, tmp_path)
+    assert "labels/a.nii.gz: has the name of" in line and "labels/a.nii: remove one of them" in line
+    plain = tmp_path / "plain"
+    for name in ("s.nii", "s.nii.gz", "s_seg.nii", "s_seg.nii.gz"):
+        write(plain / name, label())
+    (found,) = check.check(plain)
+    assert [line.split(": ")[0] for line in found.problems] == [str(plain / "s.nii.gz"), str(plain / "s_seg.nii.gz")]
+
+
+def test_one_mask_of_two_images_and_names_that_differ_in_case_are_told(tmp_path):
+    base = write_pairs(tmp_path, ["a", "b"])
+    text = (
+        "image,label,patient,split\nimages/a.nii.gz,labels/a.nii.gz,P1,train\nimages/b.nii.gz,labels/a.nii.gz,p1,val\n"
+    )
+    (found,) = check.check(write_csv(base, text))
+    mask, name = found.facts[1].warnings
+    assert "labels/a.nii.gz: is the mask of" in mask and "images/b.nii.gz and of" in mask
+    assert "images/b.nii.gz: patients P1 and p1 count as two: if they are one, write them alike" in name
+
+
+def test_a_folder_without_masks_or_images_says_so(tmp_path):
+    base = write_pairs(tmp_path / "in", ["a", "b"])
+    (base / "labels").rename(base / "masks")
+    with pytest.raises(ValueError, match="no mask holds a value other than 0, and 2 of 2 images have no mask"):
+        folder.prepare(tmp_path / "out", base, **ALL_TRAIN)
+    (tmp_path / "empty" / "images").mkdir(parents=True)
+    with pytest.raises(ValueError, match="empty: lists no image"):
+        folder.prepare(tmp_path / "out", tmp_path / "empty")
+
+
+def test_voxel_sizes_that_no_scan_has_are_told(tmp_path):
+    for scale in (1e-3, 1e3):
+        affine = AXIAL @ np.diag([scale, scale, scale, 1])
+        write(tmp_path / "images" / "a.nii.gz", image(), affine)
+        write(tmp_path / "labels" / "a.nii.gz", label(), affine)
+        (found,) = check.check(tmp_path)
+        (line,) = found.facts[0].warnings
+        assert "images/a.nii.gz: its voxels are" in line and "their unit" in line
+
+
+def test_a_split_file_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "s.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"train": ["a"]}).encode())
+    assert common.read_splits(tmp_path / "s.json")["train"] == ["a"]

@@ -397,6 +397,21 @@ def test_ssl4mis_problems_in_one_list(ssl4mis_folder, tmp_path):
         assert sum(all(part in line for part in parts) for line in lines) == 1, parts
 
 
+def test_ssl4mis_lists_of_other_systems(ssl4mis_folder, tmp_path):
+    names = ["patient001_frame01", "patient001_frame02"]
+    text = "\ufeff" + "\r\n".join(["data\\" + names[0] + ".h5", "data/" + names[1] + ".h5", ""])
+    (ssl4mis_folder / "train_slices.list").write_bytes(text.encode())
+    dataset = ssl4mis.prepare(ssl4mis_folder, tmp_path / "out", (10, 1, 1))
+    assert [case.case_id for case in dataset.cases if case.split == "train"] == names
+
+
+def test_ssl4mis_a_slice_in_two_files(ssl4mis_folder, tmp_path):
+    slices = ssl4mis_folder / "data" / "slices"
+    shutil.copy(slices / "patient002_frame01_slice_4.h5", slices / "patient002_frame01_slice_04.h5")
+    (line,) = problems_of(ssl4mis.prepare, ssl4mis_folder, tmp_path / "out", (10, 1, 1))
+    assert "slice_4.h5: is the same slice as" in line and "slice_04.h5: remove one of them" in line
+
+
 def test_ssl4mis_skips_a_case_with_a_gap(ssl4mis_folder, tmp_path):
     (ssl4mis_folder / "data" / "slices" / "patient002_frame01_slice_4.h5").unlink()
     dataset = ssl4mis.prepare(ssl4mis_folder, tmp_path / "out", (10, 1, 1), skip_bad=True)

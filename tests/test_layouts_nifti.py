@@ -215,6 +215,7 @@ def test_msd_spellings_of_labels(labels, expected):
         ({"background": 0, "organ": True}, "label 'organ' is True"),
         ({"background": 0, "a": 1, "b": 1}, "labels 'a' and 'b' have the same value 1"),
         ({"background": 0, "a": 1, "ignore": 2}, 'label 2 is "ignore"'),
+        ({"0": "organ", "1": "background"}, "label 1 is background: masks must hold 0 there"),
         (["background", "organ"], '"labels" is '),
     ],
 )
@@ -249,6 +250,32 @@ def test_msd_modality_that_cannot_be(task, tmp_path, modality, message):
     describe(task, modality=modality)
     lines = problems_of(msd.prepare, task, tmp_path / "out", skip_bad=True)
     assert any("dataset.json" in line and message in line for line in lines)
+
+
+def test_msd_windows_paths_and_a_split_file_with_other_names(task, tmp_path):
+    pairs = [{"image": f"imagesTr\\ct_{n}.nii.gz", "label": f"labelsTr\\ct_{n}.nii.gz"} for n in range(1, 5)]
+    describe(task, training=pairs, test=["imagesTs\\ct_5.nii.gz"])
+    assert len(msd.prepare(task, tmp_path / "out").cases) == 5
+    # The unlabelled ct_5 goes to train whatever the file says, and is not all that it trains on.
+    (task / "splits.json").write_text(json.dumps({"train": ["ct_1.nii.gz"], "val": ["ct_2.nii.gz"]}))
+    with pytest.raises(ValueError, match="none of the 1 train patients of .*splits.json is in the input"):
+        msd.prepare(task, tmp_path / "other")
+
+
+def test_a_file_in_both_endings_is_a_problem(task, hearts, abdomens, tmp_path):
+    """What is listed by folder; of a list, the file that it names counts."""
+    write_nifti(task / "labelsTr" / "ct_1.nii", label_of(1))
+    msd.prepare(task, tmp_path / "listed")
+    describe(task, training=None)
+    write_nifti(hearts / "ct_train1" / "ct_train_1001_label.nii", label_of(1, HEART))
+    write_nifti(abdomens / "RawData" / "Training" / "img" / "img0006.nii", image_of(6), THICK)
+    for module, at, args, name in (
+        (msd, task, (), "ct_1"),
+        (mmwhs, hearts, ("ct", tmp_path / "splits.json"), "ct_train_1001_label"),
+        (synapse, abdomens, (), "img0006"),
+    ):
+        (line,) = problems_of(module.prepare, at, tmp_path / "out", *args)
+        assert f"{name}.nii.gz: has the name of" in line and f"{name}.nii: remove one of them" in line
 
 
 def test_msd_faults_in_one_list(task, tmp_path, capsys):

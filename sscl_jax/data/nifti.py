@@ -179,12 +179,12 @@ def shear_warning(path: str | Path, affine: np.ndarray) -> str:
 def header_warning(path: str | Path) -> str:
     """What to tell of a file whose header gives two directions or voxel sizes, "" if they agree.
 
-    A sform that is the unit matrix, as that of ACDC, counts as left empty.
+    A sform of unit steps along the axes, as that of ACDC, counts as left empty.
     """
     image: Any = nib.load(path)
     header = image.header
     sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
-    if sform is None or np.array_equal(sform[:3, :3], np.eye(3)):
+    if sform is None or np.array_equal(np.abs(sform[:3, :3]), np.eye(3)):
         return ""
     sizes, pixdim = voxel_sizes(sform), np.abs(np.asarray(header["pixdim"][1:4], np.float64))
     if (sizes > 0).all() and (pixdim > 0).all() and not np.allclose(sizes, pixdim, rtol=0.01):
