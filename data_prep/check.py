@@ -66,7 +66,7 @@ def check(path: Path) -> list[Findings]:
     if path.is_file() and path.suffix.lower() in (".csv", ".tsv"):
         return [check_scans("CSV list", *folder.list_csv(path), [])]
     if (path / "images").is_dir() or (path / "imagesTr").is_dir():
-        others = [f"{other}: is no NIfTI file: it is ignored" for other in folder.other_files(path)]
+        others = [f"{other}: is no scan: it is ignored" for other in folder.other_files(path)]
         return [check_scans("folder of images and masks", *folder.list_folder(path), others)]
     if any(path.glob("data/*.h5")) or any(path.glob("data/slices/*.h5")):
         return [check_ssl4mis(path)]
@@ -202,7 +202,7 @@ def list_nifti(path: Path) -> tuple[list[Scan], list[str]]:
         for each in sorted({p.parent for p in files})
         for line in common.by_stem([p for p in files if p.parent == each])[1]
     ]
-    place = {p: str(p.parent / common.stem(p)).removesuffix("_image") for p in files}
+    place = {p: str(p.parent / formats.stem(p)).removesuffix("_image") for p in files}
     masks = {}
     for p, name in place.items():
         image = next((name.removesuffix(ending) for ending in formats.MASK_ENDINGS if name.endswith(ending)), None)

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sscl_jax import cli
-from sscl_jax.data import nifti
+from sscl_jax.data import formats, nifti
 from sscl_jax.data.prepared import (
     SPLITS,
     CaseSource,
@@ -86,17 +86,21 @@ def nifti_files(folder: Path) -> list[Path]:
     return [p for p in paths if p.name.lower().endswith(NIFTI) and p.name[0] != "."]
 
 
-def stem(path: Path) -> str:
-    """Name of a NIfTI file without its ending."""
-    ending = next((e for e in NIFTI if path.name.lower().endswith(e)), "")
-    return path.name[: len(path.name) - len(ending)]
+def scan_files(folder: Path) -> list[Path]:
+    """Scans of a folder, sorted: files of any format that `formats` reads, and folders that hold DICOM files."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [
+        p
+        for p in paths
+        if p.name[0] != "." and (p.name.lower().endswith(formats.SUFFIXES) or (p.is_dir() and formats.holds_dicom(p)))
+    ]
 
 
 def by_stem(paths: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
     """Files by their name without ending; a problem for each that has the name of another, as a.nii and a.nii.gz."""
     found: dict[str, Path] = {}
-    twice = [path for path in paths if found.setdefault(stem(path), path) != path]
-    return found, [f"{path}: has the name of {found[stem(path)]}: remove one of them" for path in twice]
+    twice = [path for path in paths if found.setdefault(formats.stem(path), path) != path]
+    return found, [f"{path}: has the name of {found[formats.stem(path)]}: remove one of them" for path in twice]
 
 
 def read_splits(path: Path) -> dict[str, list[str]]:

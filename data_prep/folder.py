@@ -1,13 +1,13 @@
-"""A folder of NIfTI files, or a list of them -> prepared dataset.
+"""A folder of scans, or a list of them -> prepared dataset.
 
     python -m data_prep.folder --input DIR --output data/mine --patient_pattern '^(p[0-9]+)_'
     python -m data_prep.folder --csv FILE --output data/mine
 
-DIR holds `images/` and `labels/` (or `imagesTr/` and `labelsTr/`). A mask has the name of its
-image. Several channels of an image are files of their own, named as in nnU-Net: a_0000, a_0001,
-... with the mask a; or, with --channels, they are the fourth axis of one file. An image without a
-mask is an unlabelled case. FILE has the columns image and, as far as you like, label, patient and
-split; its paths are relative to its own folder, and an empty label makes an unlabelled case.
+DIR holds `images/` and `labels/` (or `imagesTr/` and `labelsTr/`). An image is a NIfTI, NRRD or MetaImage file, or a
+folder with the slices of one DICOM series; so is a mask, which has the name of its image. Several channels of an image
+are files of their own, named as in nnU-Net: a_0000, a_0001, ... with the mask a; or, with --channels, they are the
+fourth axis of one file. An image without a mask is an unlabelled case. FILE has the columns image and, as far as you
+like, label, patient and split; its paths are relative to its own folder, and an empty label makes an unlabelled case.
 
 The split is by patient. Say with --patient_pattern how a file name tells the patient. Without it,
 images whose names are the same up to the first number, as p08_0 and p08_1, are kept together as one
@@ -36,7 +36,7 @@ import numpy as np
 
 from data_prep import common
 from sscl_jax import cli
-from sscl_jax.data import nifti
+from sscl_jax.data import formats
 from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset, write_prepared
 from sscl_jax.data.recipe import Recipe
 
@@ -116,7 +116,7 @@ def prepare(
     check_options(spacing, val_fraction, test_fraction)
     scans, problems = (list_folder if input_dir else list_csv)(Path(listing))
     if not scans and not problems:
-        raise ValueError(f"{listing}: lists no image: give one with at least one .nii or .nii.gz file")
+        raise ValueError(f"{listing}: lists no image: give one with at least one scan")
     if splits is not None and any(scan.split for scan in scans):
         raise ValueError(f"{listing} has a split column: give that or --splits, not both")
     if input_dir and (others := other_files(input_dir)):
@@ -186,10 +186,10 @@ def list_folder(folder: Path) -> tuple[list[Scan], list[str]]:
         raise FileNotFoundError(
             f"{folder} has no folder images/: put images there and masks into labels/, or use --csv"
         )
-    masks, problems = common.by_stem(common.nifti_files(labels))
+    masks, problems = common.by_stem(common.scan_files(labels))
     scans: list[Scan] = []
-    for case_id, paths in group_channels(common.nifti_files(images), masks).items():
-        stems = [common.stem(path) for path in paths]
+    for case_id, paths in group_channels(common.scan_files(images), masks).items():
+        stems = [formats.stem(path) for path in paths]
         channels = stems[0] != case_id
         if len(set(stems)) < len(stems) or (not channels and len(stems) > 1):
             problems.append(f"{paths[1]}: is the same case as {paths[0]}: remove one of them")
@@ -212,10 +212,11 @@ def _told_shape(path: Path) -> str:
 
 
 def other_files(folder: Path) -> list[Path]:
-    """Files in the folders of images and masks that are not NIfTI, or hidden: they are passed over."""
+    """Files in the folders of images and masks that are no scans, or hidden: they are passed over."""
     folders = [folder / f"{kind}{tail}" for kind in ("images", "labels") for tail in ("", "Tr")]
     files = [path for each in folders if each.is_dir() for path in sorted(each.iterdir())]
-    used = {path for each in folders for path in common.nifti_files(each)}
+    used = {path for each in folders for path in common.scan_files(each)}
+    used |= {path for scan in used if scan.is_file() for path in formats.data_files(scan)}
     return [path for path in files if path not in used]
 
 
@@ -226,12 +227,12 @@ def group_channels(images: Sequence[Path], masks: Collection[str]) -> dict[str, 
     with masks that carry them, each file is a case.
     """
     numbered: dict[str, set[str]] = {}
-    for stem in map(common.stem, images):
+    for stem in map(formats.stem, images):
         if match := re.fullmatch(r"(.+)_\d{4}", stem):
             numbered.setdefault(match[1], set()).add(stem)
     groups: dict[str, list[Path]] = {}
     for path in images:
-        stem = common.stem(path)
+        stem = formats.stem(path)
         case = re.sub(r"_\d{4}$", "", stem)
         family = numbered.get(case, set())
         is_channel = stem in family and f"{case}_0000" in family and family.isdisjoint(masks)
@@ -277,7 +278,7 @@ def list_csv(file: Path) -> tuple[list[Scan], list[str]]:
         if with_split and cells["split"] not in SPLITS:
             problems.append(f"{where}: split is {cells['split']!r}: write train, val or test on every line")
         listed, label = (Path(cells[column].replace("\\", "/")) for column in ("image", "label"))
-        parts = [part for part in listed.with_name(common.stem(listed)).parts if part not in ("/", "..")]
+        parts = [part for part in listed.with_name(formats.stem(listed)).parts if part not in ("/", "..")]
         case_id = "_".join(parts)
         image = file.parent / listed
         same = [seen[key] for key in (image.resolve(), case_id) if key in seen]
@@ -332,7 +333,7 @@ def name_patients(scans: list[Scan], pattern: str | None) -> tuple[list[Scan], l
     for scan in scans:
         patient = scan.patient
         if not patient and pattern is not None:
-            stem = scan.case_id if scan.channels else common.stem(scan.image).removesuffix("_0000")
+            stem = scan.case_id if scan.channels else formats.stem(scan.image).removesuffix("_0000")
             match = re.search(pattern, stem)
             patient = (match and match[1]) or ""
             if not patient:
@@ -348,9 +349,17 @@ def name_patients(scans: list[Scan], pattern: str | None) -> tuple[list[Scan], l
 
 def to_sources(scans: Sequence[Scan], channels: bool = False) -> list[CaseSource]:
     """Cases of listed scans, in the split that the list says, else "all"; `channels`: see `prepare`."""
-    read = functools.partial(nifti.read_image, channels=channels)
+    read = functools.partial(formats.read_image, channels=channels)
     return [
-        CaseSource(scan.case_id, scan.patient, scan.split or "all", (scan.image, *scan.channels), scan.label, read)
+        CaseSource(
+            scan.case_id,
+            scan.patient,
+            scan.split or "all",
+            (scan.image, *scan.channels),
+            scan.label,
+            read,
+            formats.read_label,
+        )
         for scan in scans
     ]
 

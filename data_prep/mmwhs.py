@@ -26,7 +26,7 @@ import numpy as np
 
 from data_prep import common, folder
 from sscl_jax import cli
-from sscl_jax.data import nifti
+from sscl_jax.data import formats, nifti
 from sscl_jax.data.prepared import CaseSource, PreparedDataset
 from sscl_jax.data.recipe import Recipe
 
@@ -95,8 +95,7 @@ def list_sources(input_dir: Path, modality: str, no_test_images: bool = False) -
     """Volumes of one modality with their labels, by name; problems, one line each. Prints what it passes over."""
     parts = ("train",) if no_test_images else ("train", "test")
     folders = [path for part in parts for path in sorted(input_dir.glob(f"{modality}_{part}*")) if path.is_dir()]
-    files = [path for each in folders for path in common.nifti_files(each)]
-    by_name, problems = common.by_stem(files)
+    by_name, problems = common.by_stem([path for each in folders for path in common.nifti_files(each)])
     names = [match[1] for name in by_name if (match := re.fullmatch(rf"({modality}_(?:train|test)_\d+)_image", name))]
     if not names:
         raise FileNotFoundError(
@@ -109,8 +108,8 @@ def list_sources(input_dir: Path, modality: str, no_test_images: bool = False) -
         for name in names
     ]
     used = {path for source in sources for path in (*source.image_paths, source.label_path)}
-    alone = [path for path in files if path not in used and common.stem(path).endswith("_label")]
-    ignored = [path for path in files if path not in used and path not in alone]
+    alone = [path for path in by_name.values() if path not in used and formats.stem(path).endswith("_label")]
+    ignored = [path for path in by_name.values() if path not in used and path not in alone]
     if ignored:
         print(f"ignored: {len(ignored)} other files, such as {ignored[0]}")
     problems += [

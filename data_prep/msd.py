@@ -34,7 +34,7 @@ import numpy as np
 from data_prep import common, folder
 from data_prep.folder import Scan
 from sscl_jax import cli
-from sscl_jax.data import nifti
+from sscl_jax.data import formats, nifti
 from sscl_jax.data.prepared import CaseSource, PreparedDataset, write_prepared
 from sscl_jax.data.recipe import Recipe
 
@@ -277,11 +277,11 @@ def list_test(base: Path, content: dict[str, Any]) -> tuple[list[Scan], list[str
 
 def _listed(image: Path, label: Path | None) -> Scan:
     """A case as listed. Lists of nnU-Net name a case's images without the channel that their files have."""
-    name = common.stem(image)
+    name = formats.stem(image)
     first = _renamed(image, f"{name}_0000")
     if not image.is_file() and first.is_file():
         image = first
-    elif label is None or common.stem(label) != name:
+    elif label is None or formats.stem(label) != name:
         name = name.removesuffix("_0000")
     return Scan(name, image, label)
 
@@ -291,10 +291,10 @@ def _first_channels(images: Sequence[Path], masks: Collection[str]) -> list[tupl
 
     A name that ends in _0001 is a further channel if there is its _0000, unless a mask has all of that name.
     """
-    names = {common.stem(path) for path in images}
+    names = {formats.stem(path) for path in images}
     cases = []
     for path in images:
-        name = common.stem(path)
+        name = formats.stem(path)
         channel = re.fullmatch(r"(.*)_(\d{4})", name)
         if channel is None or name in masks or f"{channel[1]}_0000" not in names:
             cases.append((name, path))
@@ -305,7 +305,7 @@ def _first_channels(images: Sequence[Path], masks: Collection[str]) -> list[tupl
 
 def channel_files(image: Path, channels: int) -> tuple[Path, ...]:
     """All files of an image: the one, or case_0000, case_0001, ... where it is the first of several."""
-    name = common.stem(image)
+    name = formats.stem(image)
     if channels == 1 or not name.endswith("_0000"):
         return (image,)
     case = name.removesuffix("_0000")
@@ -314,7 +314,7 @@ def channel_files(image: Path, channels: int) -> tuple[Path, ...]:
 
 def _renamed(path: Path, name: str) -> Path:
     """The file of another name in the same folder, with the same ending."""
-    return path.with_name(name + path.name.removeprefix(common.stem(path)))
+    return path.with_name(name + path.name.removeprefix(formats.stem(path)))
 
 
 def read_image(path: Path, count: int, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -355,11 +355,11 @@ def check_unlisted(base: Path, scans: Sequence[Scan], channels: int) -> list[str
     """
     used = {path for scan in scans for path in (*channel_files(scan.image, channels), scan.label)}
     images, masks = common.nifti_files(base / "imagesTr"), common.nifti_files(base / "labelsTr")
-    image_names = {name for path in images for name in (common.stem(path), _without_channel(path))}
-    mask_names = {common.stem(path) for path in masks}
-    alone = [p for p in images if p not in used and not mask_names & {common.stem(p), _without_channel(p)}]
+    image_names = {name for path in images for name in (formats.stem(path), _without_channel(path))}
+    mask_names = {formats.stem(path) for path in masks}
+    alone = [p for p in images if p not in used and not mask_names & {formats.stem(p), _without_channel(p)}]
     problems = [f"{path}: has no mask, and is not in dataset.json: add the mask or remove it" for path in alone]
-    orphans = [path for path in masks if path not in used and common.stem(path) not in image_names]
+    orphans = [path for path in masks if path not in used and formats.stem(path) not in image_names]
     shapes = {_shape(path) for path in images} if orphans else set()
     for path in orphans:
         remark = "" if _shape(path) in shapes else f" (and no image has its shape, {_shape(path)})"
@@ -369,7 +369,7 @@ def check_unlisted(base: Path, scans: Sequence[Scan], channels: int) -> list[str
 
 
 def _without_channel(path: Path) -> str:
-    return re.sub(r"_\d{4}$", "", common.stem(path))
+    return re.sub(r"_\d{4}$", "", formats.stem(path))
 
 
 def _shape(path: Path) -> tuple[int, ...] | None:

@@ -12,7 +12,7 @@ from test_formats import dicom_bytes, itk_image
 from configs import base
 from configs import chaos as chaos_config
 from configs import la as la_config
-from data_prep import chaos, check, common, la2018, ssl4mis
+from data_prep import chaos, check, common, folder, la2018, ssl4mis
 from sscl_jax import experiment
 from sscl_jax.data.prepared import open_prepared
 from sscl_jax.data.recipe import prepare_image
@@ -303,6 +303,38 @@ def test_chaos_problems_in_one_list(chaos_mr, tmp_path):
         assert sum(all(part in line for part in parts) for line in lines) == 1, parts
     with pytest.raises(FileNotFoundError, match=r"has no CT/\*/DICOM_anon"):
         chaos.prepare(chaos_mr, tmp_path / "out", "ct")
+
+
+# --- Folders and lists ----------------------------------------------------------------------------
+
+
+def test_a_folder_holds_scans_of_any_format(tmp_path, capsys):
+    """One image in each, and its mask in another: the same voxels, in the same place, as in NIfTI."""
+    endings = {"a": ("nii.gz", "nrrd"), "b": ("nrrd", "mha"), "c": ("mhd", "nii"), "d": ("dicom", "nhdr")}
+    place = {"spacing": (1.5, 1.5, 4.0), "origin": (-5, -6, 0), "direction": np.eye(3)}
+    for name, (ending, mask_ending) in endings.items():
+        for part in ("images", "labels"):
+            (tmp_path / "in" / part).mkdir(parents=True, exist_ok=True)
+        if ending == "dicom":
+            (tmp_path / "in" / "images" / name).mkdir()
+            for k in range(5):
+                slice_ = dicom_bytes(image_of(1)[..., k], (-5, -6, 4.0 * k), spacing=(1.5, 1.5))
+                (tmp_path / "in" / "images" / name / f"{k}.dcm").write_bytes(slice_)
+        else:
+            sitk.WriteImage(itk_image(image_of(1), **place), tmp_path / "in" / "images" / f"{name}.{ending}")
+        sitk.WriteImage(itk_image(label_of(1), **place), tmp_path / "in" / "labels" / f"{name}.{mask_ending}")
+    dataset = folder.prepare(tmp_path / "out", tmp_path / "in", val_fraction=0, test_fraction=0)
+    assert sorted(case.case_id for case in dataset.cases) == list("abcd") and "ignored" not in capsys.readouterr().out
+    for case in dataset.cases:
+        np.testing.assert_allclose(case.grid.native_affine, dataset.cases[0].grid.native_affine, atol=1e-5)
+        np.testing.assert_array_equal(dataset.native_label(case.index), label_of(1))
+        np.testing.assert_allclose(dataset.image(case.index), dataset.image(0), atol=1e-5)
+    (found,) = check.check(tmp_path / "in")
+    assert len(found.cases) == 4 and not any(fact.problems for fact in found.facts)
+    lines = ["image,label", *(f"images/{name}.{ends[0]},labels/{name}.{ends[1]}" for name, ends in endings.items())]
+    (tmp_path / "in" / "list.csv").write_text("\n".join(lines).replace(".dicom", ""))
+    listed = folder.prepare(tmp_path / "listed", csv_file=tmp_path / "in" / "list.csv", val_fraction=0, test_fraction=0)
+    assert sorted(case.case_id for case in listed.cases) == [f"images_{name}" for name in "abcd"]
 
 
 # --- SSL4MIS --------------------------------------------------------------------------------------

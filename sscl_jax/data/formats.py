@@ -246,6 +246,11 @@ def is_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
+def holds_dicom(folder: Path) -> bool:
+    """Whether there is a DICOM file in a folder."""
+    return any(is_dicom(path) for path in folder.iterdir())
+
+
 def read_dicom(folder: Path, one_series: bool = True) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header]:
     """Reads the slices of a folder: float32 (X, Y, Z, 1), affine RAS, header, as `read_image`.
 
