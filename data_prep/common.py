@@ -199,7 +199,7 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
             if part.min() == part.max():
                 which = f" of channel {channel}" if channels > 1 else ""
                 problems.append(f"{name}: every voxel{which} is {part.flat[0]:g}: replace or remove the file")
-        digest = hashlib.sha256(np.ascontiguousarray(array.T).data).hexdigest()
+        digest = _digest(array)
         del array
     except (ValueError, OSError) as error:
         problems.append(_with_name(name, error))
@@ -210,6 +210,10 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
             values = frozenset(np.unique(label).tolist())
             warned += _label_warnings(source.label_path, values)
             problems += _label_problems(source, label.shape, label_affine, shape, affine)
+            if digest and _digest(label[..., None].astype(np.float32)) == digest:
+                problems.append(
+                    f"{source.label_path}: has the voxels of its image {name}: replace the one that is wrong"
+                )
             allowed = sorted(values if label_values is None else label_values)
             unknown = sorted(values.difference(allowed))
             if unknown:
@@ -220,6 +224,10 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
         except (ValueError, OSError) as error:
             problems.append(_with_name(source.label_path, error))
     return CaseFacts(problems, warned, channels, values, spacing, digest)
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array.T).data).hexdigest()
 
 
 def _image_warnings(path: Path, array: np.ndarray, affine: np.ndarray) -> list[str]:

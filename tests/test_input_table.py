@@ -27,6 +27,7 @@ Rows that other files test:
 import csv
 import json
 import socket
+import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -546,3 +547,31 @@ def test_voxel_sizes_that_no_scan_has_are_told(tmp_path):
 def test_a_split_file_with_a_byte_order_mark(tmp_path):
     (tmp_path / "s.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"train": ["a"]}).encode())
     assert common.read_splits(tmp_path / "s.json")["train"] == ["a"]
+
+
+def test_an_image_that_is_its_mask(tmp_path):
+    base = write_pairs(tmp_path / "in", ["a"])
+    (base / "images" / "a.nii.gz").write_bytes((base / "labels" / "a.nii.gz").read_bytes())
+    (line,) = problems_of(base, tmp_path)
+    assert "labels/a.nii.gz: has the voxels of its image" in line
+
+
+def test_names_with_accents_pair_however_they_are_spelled(tmp_path):
+    base = write_pairs(tmp_path, ["a"])
+    for part, form in (("images", "NFC"), ("labels", "NFD")):
+        (base / part / "a.nii.gz").rename(base / part / f"{unicodedata.normalize(form, 'é')}.nii.gz")
+    ((scan,), problems) = folder.list_folder(base)
+    assert scan.label is not None and scan.label.is_file() and not problems
+
+
+def test_scans_that_are_not_taken_are_no_matter_of_a_remark(tmp_path):
+    base = write_pairs(tmp_path / "in", ["a"])
+    nibabel.save(nibabel.Nifti1Pair(image(1), AXIAL), base / "images" / "b.img")
+    write(base / "images" / "p3" / "t1" / "c.nii.gz", image(2))
+    (base / "images" / "notes.txt").write_text("x")
+    (base / "images" / "empty").mkdir()
+    lines = problems_of(base, tmp_path)
+    for name, text in (("b.hdr", "convert it to .nii.gz"), ("b.img", "convert it to .nii.gz"), ("p3", "move them up")):
+        assert sum(f"images/{name}: is a" in line and text in line for line in lines) == 1, name
+    assert len(lines) == 3
+    assert [path.name for path in folder.other_files(base)] == ["empty", "notes.txt", "p3"]

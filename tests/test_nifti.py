@@ -418,6 +418,7 @@ def test_a_voxel_size_of_0_is_that_of_the_sform_or_none(tmp_path, name, capfd):
     np.testing.assert_allclose(affine, THICK)
     nifti.write_mask(tmp_path / "mask.nii.gz", array[..., 0].astype("u1"), affine, header)
     np.testing.assert_allclose(nifti.read_label(tmp_path / "mask.nii.gz")[1], THICK)
+    assert nifti.header_warning(path) == ""
     # Without one there is none, and it is not taken for 1 mm.
     path = with_header(tmp_path / name, (88, "<f", 0.0), (252, "<h", 0), (254, "<h", 0))
     assert np.linalg.norm(nifti.read_image(path)[1][:3, 2]) == 0

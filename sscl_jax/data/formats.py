@@ -15,6 +15,7 @@ sign. Every error is a ValueError or FileNotFoundError that starts with the path
 import importlib
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,9 +100,10 @@ def make_header(shape: Sequence[int], affine: np.ndarray) -> nib.Nifti1Header:
 
 
 def stem(path: Path) -> str:
-    """Name of a scan: of a file without its ending, of a folder as it is."""
+    """Name of a scan: of a file without its ending, of a folder as it is; in NFC, for macOS has accents otherwise."""
     ending = next((e for e in (".nii.gz", *SUFFIXES) if path.name.lower().endswith(e)), "")
-    return path.name if path.is_dir() else path.name[: len(path.name) - len(ending)]
+    name = path.name if path.is_dir() else path.name[: len(path.name) - len(ending)]
+    return unicodedata.normalize("NFC", name)
 
 
 def _to_float32(array: np.ndarray) -> np.ndarray:

@@ -183,6 +183,7 @@ def header_warning(path: str | Path) -> str:
     """
     image: Any = nib.load(path)
     header = image.header
+    _keep_zero_sizes(header, Path(path))
     sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
     if sform is None or np.array_equal(np.abs(sform[:3, :3]), np.eye(3)):
         return ""
@@ -297,10 +298,7 @@ def _load(path: str | Path, dtype: type | None) -> tuple[nib.Nifti1Image, np.nda
                 while file.read(2**20):
                     pass
             image = type(image).from_bytes(content)
-        else:
-            with open(path, "rb") as file:
-                content = file.read(image.header.sizeof_hdr)
-        _keep_zero_sizes(image.header, content)
+        _keep_zero_sizes(image.header, path)
         with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf, which callers refuse
             array = np.asanyarray(image.dataobj) if dtype is None else image.get_fdata("unchanged", dtype)
     except Exception as error:
@@ -313,9 +311,10 @@ def _without_fourth_of_five(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:3], *shape[4:]) if len(shape) == 5 and shape[3] == 1 else shape
 
 
-def _keep_zero_sizes(header: nib.Nifti1Header, content: bytes) -> None:
+def _keep_zero_sizes(header: nib.Nifti1Header, path: Path) -> None:
     """Puts back a voxel size of 0 that the file has, for which nibabel takes 1 mm: only the sform can tell it then."""
-    stored = type(header)(content[: header.sizeof_hdr], check=False)
+    with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
+        stored = type(header)(file.read(header.sizeof_hdr), check=False)
     for axis in range(1, 1 + min(3, int(header["dim"][0]))):
         if stored["pixdim"][axis] == 0:
             header["pixdim"][axis] = 0
