@@ -197,7 +197,7 @@ def list_folder(folder: Path) -> tuple[list[Scan], list[str]]:
         elif channels and stems != (expected := [f"{case_id}_{number:04d}" for number in range(len(stems))]):
             problems.append(f"{paths[0]}: the channels of this case are {stems}, not {expected}: add what is missing")
         scans.append(Scan(case_id, paths[0], masks.pop(case_id, None), channels=tuple(paths[1:]) if channels else ()))
-    problems += _unread(folder)
+    problems += _unread(folder).values()
     problems += [
         f"{path}: has no image of that name in {images}: add the image or remove the mask{_told_shape(path)}"
         for path in masks.values()
@@ -213,22 +213,21 @@ def _told_shape(path: Path) -> str:
         return ""
 
 
-def _unread(folder: Path) -> list[str]:
-    """Scans in the folders of images and masks that are not taken, in other formats or deeper, one line each."""
-    lines = []
+def _unread(folder: Path) -> dict[Path, str]:
+    """Scans in the folders of images and masks that are not taken, in other formats or deeper, and what to tell."""
+    told = {}
     for path in _not_taken(folder):
         if path.name.lower().endswith(UNREAD) and path.is_file():
-            lines.append(f"{path}: is a scan of a format that is not read here: convert it to .nii.gz or remove it")
+            told[path] = f"{path}: is a scan of a format that is not read here: convert it to .nii.gz or remove it"
         elif path.is_dir() and any(common.scan_files(each) for each in (path, *path.rglob("*/"))):
-            lines.append(
-                f"{path}: is a folder with scans, which are not searched for in it: move them up, or use --csv"
-            )
-    return lines
+            told[path] = f"{path}: is a folder with scans, which are not searched for in it: move them up, or use --csv"
+    return told
 
 
 def other_files(folder: Path) -> list[Path]:
     """Files in the folders of images and masks that are no scans, or hidden: they are passed over."""
-    return [path for path in _not_taken(folder) if not path.name.lower().endswith(UNREAD)]
+    unread = _unread(folder)
+    return [path for path in _not_taken(folder) if path not in unread]
 
 
 def _not_taken(folder: Path) -> list[Path]:

@@ -574,4 +574,4 @@ def test_scans_that_are_not_taken_are_no_matter_of_a_remark(tmp_path):
     for name, text in (("b.hdr", "convert it to .nii.gz"), ("b.img", "convert it to .nii.gz"), ("p3", "move them up")):
         assert sum(f"images/{name}: is a" in line and text in line for line in lines) == 1, name
     assert len(lines) == 3
-    assert [path.name for path in folder.other_files(base)] == ["empty", "notes.txt", "p3"]
+    assert [path.name for path in folder.other_files(base)] == ["empty", "notes.txt"]
