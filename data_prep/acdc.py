@@ -105,10 +105,11 @@ def patient_cases(folder: Path, split: str) -> tuple[list[CaseSource], list[Path
         frames = read_frames(folder / "Info.cfg")
     except (ValueError, OSError) as error:
         return [], [], [str(error)]
-    cases, problems = [], []
+    cases = []
+    files, problems = common.by_stem(common.nifti_files(folder))
     for frame in frames:
         stem = f"{patient}_frame{frame:02d}"
-        image, label = _find(folder, stem), _find(folder, f"{stem}_gt")
+        image, label = files.get(stem), files.get(f"{stem}_gt")
         if image is None:
             problems.append(
                 f"{folder / stem}.nii.gz: does not exist, but Info.cfg names frame {frame}: "
@@ -117,8 +118,7 @@ def patient_cases(folder: Path, split: str) -> tuple[list[CaseSource], list[Path
         else:
             cases.append(CaseSource(stem, patient, split, (image,), label))
     used = {path for case in cases for path in (*case.image_paths, case.label_path)}
-    others = [path for path in sorted(folder.glob("*.nii*")) if path not in used]
-    return cases, others, problems
+    return cases, [path for path in files.values() if path not in used], problems
 
 
 def read_frames(path: Path) -> tuple[int, ...]:
@@ -126,18 +126,15 @@ def read_frames(path: Path) -> tuple[int, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: does not exist: restore it, it names the ED and ES frames")
     text = path.read_text(encoding="utf-8-sig", errors="replace")  # a wrong letter leaves no number
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in pairs}
     frames = []
     for key in ("ED", "ES"):
-        value = fields.get(key, "").strip()
+        value = fields.get(key, "")
         if not value.isdecimal():
             raise ValueError(f"{path}: {key} is {value!r}, not a frame number: correct the file")
         frames.append(int(value))
     return tuple(dict.fromkeys(frames))
-
-
-def _find(folder: Path, stem: str) -> Path | None:
-    return next((p for e in (".nii.gz", ".nii") if (p := folder / f"{stem}{e}").is_file()), None)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -106,6 +106,18 @@ def test_check_and_prepare_find_the_same(acdc_folder, tmp_path, capsys):
     assert caught.value.lines == errors
 
 
+def test_files_of_acdc_in_capitals_in_two_endings_and_hidden(acdc_folder, tmp_path):
+    at = acdc_folder / "training" / "patient001"
+    (at / "patient001_frame01_gt.nii.gz").rename(at / "patient001_frame01_gt.NII.GZ")
+    (at / "._patient001_frame01.nii.gz").write_bytes(b"macOS")
+    (at / "Info.cfg").write_bytes("\ufeffED : 1\r\nES : 1\r\nGroup : ".encode() + b"\xfc\r\n")
+    dataset = acdc.prepare(acdc_folder, tmp_path / "out")
+    assert all(case.has_label for case in dataset.cases) and len(dataset.cases) == 3
+    write(at / "patient001_frame01_gt.nii", label(7))
+    with pytest.raises(common.Problems, match=r"_gt\.nii: has the name of .*_gt\.NII\.GZ: remove one of them"):
+        acdc.prepare(acdc_folder, tmp_path / "other")
+
+
 def test_msd_is_known_by_dataset_json(tmp_path, capsys):
     description = {"labels": {"0": "background", "1": "front"}, "modality": {"0": "MRI"}, "training": []}
     for name in ("h1", "h2"):
