@@ -206,6 +206,7 @@ def run_case(case: Case, folder: Path) -> tuple[str, list[str]]:
     outcomes, findings = [], []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        nifti.quiet_nibabel()
         for read in (read_by_prepare, read_by_predict):
             try:
                 refused = read(image, label, mask)
@@ -251,6 +252,12 @@ def read_by_predict(image: Path, label: Path, mask: Path) -> str:
     return ""
 
 
+def millimetres(header: nib.Nifti1Header) -> np.ndarray:
+    """(4, 4) from the header's unit to mm: nibabel leaves metres and microns as they are."""
+    unit = {1: 1e3, 3: 1e-3}.get(int(header["xyzt_units"]) & 7, 1.0)
+    return np.diag([unit, unit, unit, 1.0])
+
+
 @np.errstate(all="ignore")
 def disagreements(path: Path, mask: Path | None) -> list[str]:
     """How what the project reads differs from what nibabel alone does."""
@@ -269,20 +276,22 @@ def disagreements(path: Path, mask: Path | None) -> list[str]:
         found.append(f"shape {array.shape}, nibabel has {shape}")
     elif not np.allclose(array, np.asanyarray(plain.dataobj).reshape(shape), rtol=1e-5, atol=1e-3):
         found.append("voxels differ from nibabel's")
-    sizes, expected = voxel_sizes(affine), voxel_sizes(plain.affine)
-    stored = np.abs(plain.header["pixdim"][1:4].astype(float))
+    expected_affine = millimetres(plain.header) @ plain.affine
+    sizes, expected = voxel_sizes(affine), voxel_sizes(expected_affine)
+    stored = millimetres(plain.header)[0, 0] * np.abs(plain.header["pixdim"][1:4].astype(float))
     if not (np.isfinite(affine).all() and (sizes > 0).all()):
         found.append(f"affine {affine.tolist()}")
     elif not (np.allclose(sizes, expected, rtol=0.011) or np.allclose(sizes, stored, rtol=0.011)):
         found.append(f"voxels of {sizes} mm, nibabel has {expected} and {stored}")
-    elif not np.allclose(affine[:3, :3] / sizes, plain.affine[:3, :3] / expected, atol=1e-4):
+    elif not np.allclose(affine[:3, :3] / sizes, expected_affine[:3, :3] / expected, atol=1e-4):
         found.append("directions differ from nibabel's")
-    elif not np.allclose(affine[:3, 3], plain.affine[:3, 3]):
+    elif not np.allclose(affine[:3, 3], expected_affine[:3, 3]):
         found.append("origin differs from nibabel's")
     if mask is not None:
         written = nib.load(mask)
+        written_affine = millimetres(written.header) @ written.affine
         if (written.shape + (1, 1))[:3] != (plain.shape + (1, 1))[:3] or not np.array_equal(
-            written.affine, plain.affine
+            written_affine, expected_affine
         ):
             found.append(f"the mask does not overlay the image: {written.shape}, {written.affine.tolist()}")
     return found

@@ -39,7 +39,7 @@ TIMES = ("seconds", "images_per_s")  # columns of metrics.csv that no two runs s
 # Rows, saves and evaluations fall on different steps, so that metrics wait for their row when a checkpoint is written.
 FIELDS = {
     "data.patch_size": (32, 32), "data.labeled_batch": 2, "data.unlabeled_batch": 2, "model.widths": (8, 16),
-    "contrast.queries": 4, "steps": 72, "log_every": 2, "save_every": 3, "eval.every": 20, "eval.test": False,
+    "contrast.num_queries": 4, "steps": 72, "log_every": 2, "save_every": 3, "eval.every": 20, "eval.test": False,
 }  # fmt: skip
 OUR_SIGNALS = (-signal.SIGKILL, -signal.SIGUSR1)  # the second, where it comes before Python is up
 # Where a kill fell, by what is found in the stack; the first that fits.

@@ -387,7 +387,7 @@ class TorchStep:
         pl_ce, pl_dice = segmentation_loss(logits[number:], target, sure.float())
 
         index, drawn, valid = draw(
-            torch.cat([true, query_probs]), query_inside, options.level, options.queries, options.threshold
+            torch.cat([true, query_probs]), query_inside, options.level, options.num_queries, options.threshold
         )
         queries = self.student.project(features, index)
         with torch.no_grad():
@@ -466,7 +466,7 @@ def check() -> None:
                  "brightness", "gamma", "bias", "noise", "blur", "cutmix_probability"):  # fmt: skip
         config.augment[name] = 0.0
     config.augment.scale = (1.0, 1.0)
-    config.contrast.queries = config.contrast.keys = 16 * 16  # all there are
+    config.contrast.num_queries = config.contrast.num_keys = 16 * 16  # all there are
     config.contrast.threshold = config.pseudo_label.threshold = 0.4
     config.contrast.ramp_steps = config.pseudo_label.ramp_steps = config.optimizer.warmup_steps = 0
     config.optimizer.clip_norm = 1e6  # the norm is not the same, since there are more biases on one side

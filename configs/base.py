@@ -69,8 +69,8 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.contrast.sampler = "anatomical"  # anatomical | region
     config.contrast.level = 1  # U-Net level contrasted: 0 full resolution ... last: encoder output
     config.contrast.temperature = 0.1  # of InfoNCE; lower: more weight on the hardest negatives
-    config.contrast.queries = 32  # student's pixels for each image and class (or cell)
-    config.contrast.keys = 32  # teacher's pixels for each image and class (or cell)
+    config.contrast.num_queries = 32  # student's pixels for each image and class (or cell)
+    config.contrast.num_keys = 32  # teacher's pixels for each image and class (or cell)
     config.contrast.threshold = 0.9  # least confidence of a pixel's class (anatomical)
     config.contrast.positives = "pixels"  # pixels | means (anatomical)
     config.contrast.cells = 4  # R of the R x R grid (region)
@@ -92,9 +92,7 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.augment.elastic = 3.0  # pixels, standard deviation
     config.augment.flip = (False, False)  # axes along which anatomy may be mirrored
     config.augment.spread = 1.0  # 0: patches from the centre; 1: from the whole image
-    config.augment.foreground = (
-        1 / 3
-    )  # share of the labelled patches that a pixel of a class, drawn evenly, is the centre of
+    config.augment.foreground = 1 / 3  # share of the labelled patches centred on a pixel of a class, drawn evenly
     config.augment.weak_contrast = 0.1  # weak view (teacher): factor within 1 / (1 + c) ... 1 + c
     config.augment.weak_brightness = 0.1  # deviation of an added constant; 1 is the body's (mr), half the window (ct)
     config.augment.weak_gamma = 0.1  # exponent within 1 / (1 + g) ... 1 + g

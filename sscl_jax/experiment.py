@@ -48,7 +48,7 @@ def check_config(config: ConfigDict) -> None:
             raise ValueError(f"{field}={get(field)!r}: {remedy}.")
 
     for field in ("steps", "log_every", "save_every", "eval.every", "data.labeled_batch", "data.unlabeled_batch",
-                  "contrast.queries", "contrast.keys", "contrast.cells", "contrast.partitions"):  # fmt: skip
+                  "contrast.num_queries", "contrast.num_keys", "contrast.cells", "contrast.partitions"):  # fmt: skip
         require(get(field) >= 1, field, "must be at least 1")
     for field in ("contrast.weight", "consistency.weight", "pseudo_label.weight"):
         require(get(field) >= 0, field, "must be at least 0")

@@ -75,9 +75,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
       FloatingPointError: the loss is not finite; names the step and its cases.
     """
     config, dataset, roles = open_data(config)
+    held = classes_held(dataset, roles.labeled + roles.val)
     make_folder(workdir, "--workdir")
     with alone_in(workdir) if parallel.is_main_process() else contextlib.nullcontext():
-        return _train(config, workdir, dataset, roles)
+        return _train(config, workdir, dataset, roles, held)
 
 
 @contextlib.contextmanager
@@ -104,11 +105,9 @@ def alone_in(workdir: Path) -> Iterator[None]:
 
 
 def _train(
-    config: ConfigDict, workdir: Path, dataset: PreparedDataset, roles: Roles
+    config: ConfigDict, workdir: Path, dataset: PreparedDataset, roles: Roles, held: dict[str, set[int]]
 ) -> dict[str, dict[str, metrics.Summary]]:
-    """See `train`."""
-    held = classes_held(dataset, roles.labeled + roles.val)
-
+    """See `train`; `held`: the classes of the labelled and the val cases."""
     # The state: restored, or new.
     last, best = Checkpoints(workdir, "last"), Checkpoints(workdir, "best")
     memory: dict[str, Any] = {"pending": {}, "best": None, "seconds": 0.0, "unpredicted": {}}

@@ -33,8 +33,8 @@ class Contrast:
       sampler: `anatomical` or `region`.
       level: level of the U-Net whose features are contrasted (0 = full resolution).
       temperature: of InfoNCE.
-      queries: pixels drawn from the student, for each image and each class or cell.
-      keys: pixels drawn from the teacher, likewise.
+      num_queries: pixels drawn from the student, for each image and each class or cell.
+      num_keys: pixels drawn from the teacher, likewise.
       threshold: least confidence of a pixel's class, in [0, 1] (anatomical only).
       positives: `pixels` or `means`, the class means of the batch (anatomical only).
       cells: R, the plane is cut into R x R cells (region only).
@@ -44,8 +44,8 @@ class Contrast:
     sampler: str
     level: int
     temperature: float
-    queries: int
-    keys: int
+    num_queries: int
+    num_keys: int
     threshold: float
     positives: str
     cells: int
@@ -265,8 +265,8 @@ def make_train_step(
         """This device's share of InfoNCE, its queries against the keys of all devices."""
         options = contrast_options
         query_keys, key_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-        queries = draw(query_keys, query_pixels, options.queries)
-        drawn = draw(key_keys, key_pixels, options.keys)
+        queries = draw(query_keys, query_pixels, options.num_queries)
+        drawn = draw(key_keys, key_pixels, options.num_keys)
         projected = jax.lax.stop_gradient(project(teacher, key_features, drawn))
         projected, drawn = jax.lax.all_gather((projected, drawn), axis_name, tiled=True)
         if options.sampler == "region":

@@ -90,3 +90,18 @@ def test_compiled_programs_are_kept_where_the_user_keeps_caches(tmp_path, monkey
     finally:
         jax.config.update("jax_enable_compilation_cache", False)
         jax.config.update("jax_compilation_cache_dir", None)
+
+
+def test_no_field_has_the_name_of_a_method_of_the_config():
+    """Such a field, as `contrast.keys`, cannot be set on the command line: it finds the method."""
+    from ml_collections import ConfigDict
+
+    from configs import base
+
+    def names(config):
+        for name, value in config.items():
+            yield name
+            if isinstance(value, ConfigDict):
+                yield from names(value)
+
+    assert [name for name in names(base.get_config()) if hasattr(ConfigDict, name)] == []

@@ -116,7 +116,7 @@ def test_two_images_of_a_list_that_would_have_one_name_are_told(tmp_path):
         write_scan(tmp_path / "lists" / name, seed)
     (tmp_path / "lists" / "list.csv").write_text("image\na/b.nii\n../a/b.nii\n")
     _, (problem,) = folder.list_csv(tmp_path / "lists" / "list.csv")
-    assert "line 3: ../a/b.nii has the name of a/b.nii: rename one" in problem
+    assert "line 3: is the same image as line 2, or would have the same name, a_b: " in problem
 
 
 def test_predict_writes_names_of_any_kind_only_where_it_should(stub, tmp_path):

@@ -95,7 +95,7 @@ def test_paste_by_brute_force():
 
 
 def options(**fields):
-    defaults = dict(sampler="region", level=1, temperature=0.1, queries=4, keys=4, threshold=0.5)
+    defaults = dict(sampler="region", level=1, temperature=0.1, num_queries=4, num_keys=4, threshold=0.5)
     return Contrast(**defaults | dict(positives="pixels", cells=4, partitions=3) | fields)
 
 

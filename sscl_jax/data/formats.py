@@ -137,7 +137,9 @@ def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     array = sitk.GetArrayFromImage(image)
     # ITK's arrays run backwards, with the components last.
     array = np.moveaxis(array.T, 0, -1) if components > 1 else array.T
-    return array[..., 0] if array.ndim == 4 and array.shape[3] == 1 else array, _affine_of(image)
+    return array[..., 0] if array.ndim == 4 and array.shape[3] == 1 else array, nifti.check_affine(
+        path, _affine_of(image)
+    )
 
 
 def data_files(path: Path) -> list[Path]:

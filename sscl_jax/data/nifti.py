@@ -17,9 +17,6 @@ import nibabel as nib
 import numpy as np
 from nibabel.affines import voxel_sizes
 
-# nibabel mends headers and says so, once for every time that it reads one; what matters of it is judged below.
-logging.getLogger("nibabel.global").setLevel(logging.ERROR)
-
 MAX_VOXELS = 2**31
 MAX_LABELS = 256
 FAR = 1e9  # mm; no scan lies so far away, none has voxels of the inverse
@@ -27,6 +24,15 @@ SHEAR = 2e-4  # radians; headers in float32 or with few digits stay below
 MILLIMETRES = {1: 1e3, 3: 1e-3}  # in the units of xyzt_units that are not mm: metre and micron
 # Deflate cannot shrink by more than this factor, so a .gz file bounds the data that it holds.
 _DEFLATE_RATIO = 1032
+
+
+def quiet_nibabel() -> None:
+    """nibabel mends headers and says so, without the file's name; what matters of it is judged here, with the name."""
+    logging.getLogger("nibabel.global").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "Extension size is not a multiple of 16", UserWarning)
+
+
+quiet_nibabel()
 
 
 def read_image(path: str | Path, channels: bool = False) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header]:
@@ -176,6 +182,7 @@ def shear_warning(path: str | Path, affine: np.ndarray) -> str:
     )
 
 
+@np.errstate(all="ignore")  # `check_affine` refuses what is not finite
 def header_warning(path: str | Path) -> str:
     """What to tell of a file whose header gives two directions or voxel sizes, "" if they agree.
 
