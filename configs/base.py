@@ -52,6 +52,8 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.model.widths = (16, 32, 64, 128, 256)  # channels of each level, finest first
     config.model.norm = "group"  # group | batch (synchronised over devices)
     config.model.projection_dim = 64  # length of the contrasted vectors
+    config.model.dtype = "float32"  # float32 | bfloat16, of convolutions; parameters and losses stay float32
+    config.model.remat = False  # compute again in the backward pass instead of keeping: less memory, more time
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 2e-3  # peak, AdamW

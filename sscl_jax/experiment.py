@@ -94,6 +94,7 @@ def check_config(config: ConfigDict) -> None:
     for field in ("overlap", "final_overlap"):
         require(0 <= config.eval[field] < 1, f"eval.{field}", "must lie in [0, 1)")
     require(config.model.norm in ("group", "batch"), "model.norm", "choose 'group' or 'batch'")
+    require(config.model.dtype in ("float32", "bfloat16"), "model.dtype", "choose 'float32' or 'bfloat16'")
     parallel.local_slice(config.data.labeled_batch)
     if uses_unlabeled(config):
         parallel.local_slice(config.data.unlabeled_batch)
@@ -120,6 +121,8 @@ def make_model(config: ConfigDict, num_classes: int) -> UNet:
         projection_dim=config.model.projection_dim,
         norm=config.model.norm,
         axis_name=parallel.AXIS,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
     )
 
 

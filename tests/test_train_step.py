@@ -325,6 +325,16 @@ def test_a_method_moves_student_and_teacher_and_reports_its_terms(method, cheap)
     assert bool(jax.tree.leaves(states[0].student_stats)) == (config.model.norm == "batch")
 
 
+def test_a_step_in_bfloat16_is_near_that_in_float32(cheap):
+    fields = {"pseudo_label.threshold": 0.0, "augment.cutmix_probability": 0.0}
+    (_, _, full), expected = run(small("anatomical_pl", **fields))
+    (_, _, half), metrics = run(small("anatomical_pl", **fields, **{"model.dtype": "bfloat16", "model.remat": True}))
+    assert {leaf.dtype for leaf in jax.tree.leaves((half.student, half.teacher))} == {np.dtype("float32")}
+    assert differ(half.student, full.student)  # or it was not used
+    for term in ("loss", "sup_ce", "sup_dice", "con", "pl_ce", "pl_dice"):
+        assert metrics[term] == pytest.approx(expected[term], rel=0.05), term
+
+
 def test_the_supervised_step_ignores_the_teacher(cheap):
     def disturb(state):
         return state.replace(teacher=jax.tree.map(lambda x: x + 100.0, state.teacher))

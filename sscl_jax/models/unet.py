@@ -62,7 +62,7 @@ class Normalise(nn.Module):
         if self.kind == "batch":
             # Collectives are only wanted (and only possible) in the pmapped step.
             axis_name = None if self.is_initializing() else self.axis_name
-            return nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=axis_name)(x)
+            return nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=axis_name, dtype=x.dtype)(x)
         raise ValueError(f"model.norm={self.kind!r}: choose 'group' or 'batch'.")
 
 
@@ -97,7 +97,7 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (3,) * (x.ndim - 2) + (x.shape[-1], self.width)
-        return convolve(x, self.param("kernel", nn.initializers.lecun_normal(), shape))
+        return convolve(x, self.param("kernel", nn.initializers.lecun_normal(), shape).astype(x.dtype))
 
 
 class ConvBlock(nn.Module):
@@ -113,6 +113,11 @@ class ConvBlock(nn.Module):
             x = Conv(self.width)(x)
             x = nn.leaky_relu(Normalise(self.norm, self.axis_name)(x, train))
         return x
+
+
+def conv_block(remat: bool) -> type[ConvBlock]:
+    """`ConvBlock`; with `remat` what is inside it is computed again in the backward pass, and not kept until then."""
+    return nn.remat(ConvBlock, static_argnums=(2,)) if remat else ConvBlock
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -144,12 +149,14 @@ class Encoder(nn.Module):
     widths: Sequence[int]
     norm: str
     axis_name: str | None
+    remat: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> list[jax.Array]:
         levels = []
         for level, width in enumerate(self.widths):
-            x = ConvBlock(width, self.norm, self.axis_name)(max_pool(x) if level else x, train)
+            block = conv_block(self.remat)(width, self.norm, self.axis_name, name=f"ConvBlock_{level}")
+            x = block(max_pool(x) if level else x, train)
             levels.append(x)
         return levels
 
@@ -170,18 +177,20 @@ class Decoder(nn.Module):
     num_classes: int
     norm: str
     axis_name: str | None
+    remat: bool
 
     @nn.compact
     def __call__(self, levels: list[jax.Array], train: bool) -> tuple[jax.Array, list[jax.Array]]:
         x = levels[-1]
         rank = x.ndim - 2
         features = [x]
-        for skip, width in zip(levels[-2::-1], list(self.widths)[-2::-1], strict=True):
+        for i, (skip, width) in enumerate(zip(levels[-2::-1], list(self.widths)[-2::-1], strict=True)):
             # A 2 x 2 transposed convolution of stride 2, with a bias for each corner, as a dense layer: faster on CPU.
-            up = depth_to_space(nn.Dense(width * 2**rank)(x), rank)
-            x = ConvBlock(width, self.norm, self.axis_name)(jnp.concatenate([skip, up], -1), train)
+            up = depth_to_space(nn.Dense(width * 2**rank, dtype=x.dtype)(x), rank)
+            block = conv_block(self.remat)(width, self.norm, self.axis_name, name=f"ConvBlock_{i}")
+            x = block(jnp.concatenate([skip, up], -1), train)
             features.insert(0, x)
-        return nn.Dense(self.num_classes, bias_init=background_bias)(x), features
+        return nn.Dense(self.num_classes, bias_init=background_bias, dtype=x.dtype)(x), features
 
 
 class Projector(nn.Module):
@@ -191,7 +200,7 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.Dense(self.dim)(nn.leaky_relu(nn.Dense(self.dim)(x)))
+        x = nn.Dense(self.dim)(nn.leaky_relu(nn.Dense(self.dim)(x.astype(jnp.float32))))
         # The floor keeps value and gradient finite for a zero vector.
         return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
 
@@ -207,6 +216,9 @@ class UNet(nn.Module):
       projection_dim: length of the unit vectors that `project` returns.
       norm: `group` or `batch`.
       axis_name: device axis for synchronised batch norm.
+      dtype: `float32` or `bfloat16`, of what is computed between image and logits. Parameters, statistics of the
+        norm, logits and projections are float32 in either case.
+      remat: compute again in the backward pass what convolution blocks hold, for less memory.
     """
 
     num_classes: int
@@ -215,6 +227,8 @@ class UNet(nn.Module):
     projection_dim: int = 64
     norm: str = "group"
     axis_name: str | None = None
+    dtype: str = "float32"
+    remat: bool = False
 
     def setup(self):
         if not 0 <= self.feature_level < len(self.widths):
@@ -222,8 +236,8 @@ class UNet(nn.Module):
                 f"contrast.level={self.feature_level}: choose 0 (full resolution) to "
                 f"{len(self.widths) - 1} (the encoder's output)."
             )
-        self.encoder = Encoder(self.widths, self.norm, self.axis_name)
-        self.decoder = Decoder(self.widths, self.num_classes, self.norm, self.axis_name)
+        self.encoder = Encoder(self.widths, self.norm, self.axis_name, self.remat)
+        self.decoder = Decoder(self.widths, self.num_classes, self.norm, self.axis_name, self.remat)
         self.projector = Projector(self.projection_dim)
 
     def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -243,7 +257,7 @@ class UNet(nn.Module):
                 f"image size {images.shape[1:-1]} is not a multiple of {factor}, as a U-Net of "
                 f"{len(self.widths)} levels needs: change data.patch_size or model.widths."
             )
-        logits, features = self.decoder(self.encoder(images, train), train)
+        logits, features = self.decoder(self.encoder(images.astype(self.dtype), train), train)
         if self.is_initializing():
             self.projector(features[self.feature_level])
         return logits.astype(jnp.float32), features[self.feature_level]
