@@ -3,7 +3,7 @@
 python -m data_prep.la2018 --input=DIR --output=data/la
 python -m sscl_jax.main --config=configs/la.py --workdir=runs/la
 
-For a GPU; no figures yet. On a CPU, prepare with --spacing=1.25 and add --config.data.patch_size='(48, 64, 64)'.
+For a GPU; no figures yet. `configs/la_cpu.py` is a smaller one for a CPU.
 """
 
 from ml_collections import ConfigDict

@@ -1,0 +1,26 @@
+"""Left atrium 2018 in a size for a CPU: 12 of its volumes suffice, 2 of 8 labelled; coarser voxels, a smaller network.
+
+python -m data_prep.la2018 --input=DIR --output=data/la --spacing=1.25
+python -m sscl_jax.main --config=configs/la_cpu.py --workdir=runs/la
+"""
+
+from ml_collections import ConfigDict
+
+from configs import la
+
+
+def get_config(method: str = "anatomical_pl") -> ConfigDict:
+    """Blocks of 32 x 64 x 64 voxels at 1.25 mm (40 x 80 x 80 mm, most of a cropped volume), otherwise `configs/la.py`."""
+    config = la.get_config(method)
+    config.data.labeled_patients = 2
+    config.data.patch_size = (32, 64, 64)
+    config.data.labeled_batch = 1
+    config.data.unlabeled_batch = 2
+    config.model.widths = (8, 16, 32, 64)
+    config.contrast.ramp_steps = 150
+    config.consistency.ramp_steps = 150
+    config.pseudo_label.ramp_steps = 150
+    config.steps = 400
+    config.eval.every = 200
+    config.save_every = 50
+    return config
