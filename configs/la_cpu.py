@@ -10,7 +10,7 @@ from configs import la
 
 
 def get_config(method: str = "anatomical_pl") -> ConfigDict:
-    """Blocks of 32 x 64 x 64 voxels at 1.25 mm (40 x 80 x 80 mm, most of a cropped volume), otherwise `configs/la.py`."""
+    """Blocks of 32 x 64 x 64 voxels at 1.25 mm (40 x 80 x 80 mm, most of a volume), otherwise `configs/la.py`."""
     config = la.get_config(method)
     config.data.labeled_patients = 2
     config.data.patch_size = (32, 64, 64)
