@@ -354,6 +354,21 @@ def test_terms_of_weight_zero_leave_the_supervised_step(cheap, monkeypatch):
             np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_a_class_without_pseudo_labels_has_no_part_in_their_dice(cheap):
+    def change(state):
+        def sure_of(params, c):
+            dense = {"kernel": np.zeros((4, 3), "f4"), "bias": np.float32([100 * (c == i) for i in range(3)])}
+            return params | {"decoder": params["decoder"] | {"Dense_1": dense}}
+
+        return state.replace(student=sure_of(state.student, 1), teacher=sure_of(state.teacher, 0))
+
+    # The teacher finds background alone, the student class 1 alone. Background: 1 - (0 + 1) / (pixels + 1), nearly 1;
+    # over all three classes, of which the last is absent from both and so perfect, it would be 2/3.
+    _, metrics = run(small("pseudo_label", **{"augment.cutmix_probability": 0.0}), steps=1, change=change)
+    assert metrics["pl_coverage"] == 1
+    assert 0.99 < metrics["pl_dice"] < 1
+
+
 def test_a_batch_with_nothing_confident_is_finite(cheap, monkeypatch):
     config = small("anatomical_pl", **{"contrast.threshold": 1.0, "pseudo_label.threshold": 1.0})
     # Not even a label is sure of its class.
