@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from sscl_jax import parallel
 from sscl_jax.train_state import TrainState
 
 # Orbax tells every step of its work, and every error with its traceback before it raises it. We say what matters.
@@ -56,6 +57,8 @@ class Checkpoints:
             if not self._manager.save(step, args=arguments):
                 raise RuntimeError(f"a later one exists: {self.steps()}")
         except Exception as error:  # Orbax and tensorstore raise ValueError for a full disk
+            if parallel.is_of_another(error):
+                raise
             reason = "no space left on device" if "No space left" in str(error) else _first_line(error)
             raise OSError(
                 f"{self.folder}: checkpoint {step} could not be written ({reason}). Free some space "
@@ -107,6 +110,8 @@ class Checkpoints:
                 meta = self.meta(step)
                 shapes = meta["shapes"]
             except Exception as error:
+                if parallel.is_of_another(error):
+                    raise
                 self._pass_over(step, error, set_aside)
                 continue
             tree = _to_tree(target)
@@ -117,6 +122,8 @@ class Checkpoints:
                 if _digest(restored) != meta["digest"]:  # Orbax itself does not notice a flipped bit
                     raise ValueError("its content is not what was saved")
             except Exception as error:
+                if parallel.is_of_another(error):
+                    raise
                 self._pass_over(step, error, set_aside)
                 continue
             return flax.serialization.from_state_dict(target, restored), meta

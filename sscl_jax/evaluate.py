@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from scipy import ndimage
 
-from sscl_jax import cli, metrics
+from sscl_jax import cli, metrics, parallel
 from sscl_jax.data import formats
 from sscl_jax.data import recipe as recipes
 from sscl_jax.data.prepared import Case, PreparedDataset, open_prepared
@@ -162,18 +162,25 @@ def evaluate_cases(
     largest_component: bool,
     threshold: float = 0.0,
 ) -> list[CaseResult]:
-    """Segments and measures cases that have a label; `threshold`: least confidence of a pseudo-label."""
-    results = []
-    for case in cases:
+    """Segments and measures cases that have a label; `threshold`: least confidence of a pseudo-label.
+
+    Where there are several processes they share the work: all must call this, and all get all results.
+    """
+
+    def measure(case: Case) -> list[np.ndarray]:
         image, label = dataset.image(case.index), dataset.native_label(case.index)
         classes, confidence = segment(predict, variables, image, case.grid, dataset.recipe, largest_component=False)
         foreground = (classes > 0) | (label > 0)
         sure = foreground & (confidence >= threshold)
         right = sure & (classes == label)
-        counts = (int(foreground.sum()), int(sure.sum()), int(right.sum()))
         prediction = keep_largest_component(classes) if largest_component else classes
         measured = metrics.case_metrics(prediction, label, dataset.num_classes, case.grid.native_spacing)
-        results.append(CaseResult(case, prediction, measured, counts))
+        return [prediction, np.array([foreground.sum(), sure.sum(), right.sum()]), *vars(measured).values()]
+
+    results = []
+    for case, (prediction, counts, *measured) in zip(cases, parallel.in_shares(measure, cases), strict=True):
+        foreground, sure, right = counts.tolist()
+        results.append(CaseResult(case, prediction, metrics.CaseMetrics(*measured), (foreground, sure, right)))
     return results
 
 

@@ -55,7 +55,8 @@ def main(argv: list[str]) -> None:
 def run() -> None:
     """Entry point of `sscl-train`."""
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=_parse)
+    with parallel.ending_together():
+        app.run(main, flags_parser=_parse)
 
 
 def find_config(word: str) -> str:

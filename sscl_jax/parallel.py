@@ -1,10 +1,15 @@
 """Devices and hosts. The only file that says pmap."""
 
+import contextlib
+import functools
+import io
 import os
 import platform
 import resource
 import sys
-from collections.abc import Callable
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 AXIS = "devices"
+
+# In seconds. Of a process that is not heard of for so long, jax takes it that it is dead, and ends the others. At their
+# end the others wait for process 0, which draws the pictures.
+_join = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=60, shutdown_timeout_seconds=3600)
 
 
 def initialise_hosts(
@@ -34,12 +43,42 @@ def initialise_hosts(
                 f"--coordinator={coordinator} needs --num_processes (is {num_processes}) and --process_id "
                 f"(is {process_id}) from 0 to num_processes - 1."
             )
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        _join(coordinator, num_processes, process_id)
         return
     several = int(os.environ.get("SLURM_NTASKS", os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))) > 1
     pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     if several or pod or distributed:
-        jax.distributed.initialize()
+        _join()
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """One of several processes that fails says why and ends, so that the others do not wait for it.
+
+    Left to itself it would wait at its end for the others, which wait for it in their next step.
+    """
+    try:
+        yield
+    except BaseException as error:
+        together = isinstance(error, SystemExit) and not isinstance(error.code, str)  # done, or stopped by a signal
+        if together or not jax.distributed.is_initialized():
+            raise
+        if is_of_another(error) and not os.environ.get("SSCL_TRACEBACK"):
+            reason = " ".join(str(error).removeprefix("error: ").split())
+            print(f"error: another process has ended ({reason}): see why, and give the same commands", file=sys.stderr)
+        elif isinstance(error, SystemExit):
+            print(error.code, file=sys.stderr)
+        else:
+            traceback.print_exc()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        time.sleep(5)  # the others may be about to fail for the same reason, and to say so
+        os._exit(1)
+
+
+def is_of_another(error: BaseException) -> bool:
+    """Whether an error came of the end of another process; so told on CPU alone, elsewhere jax ends this one."""
+    return "Gloo" in str(error)
 
 
 def keep_compiled() -> None:
@@ -69,6 +108,34 @@ def agreed(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def in_shares(function: Callable[[Any], Sequence[np.ndarray]], items: Sequence[Any]) -> list[Sequence[np.ndarray]]:
+    """`[function(item) for item in items]`, each process on its share of the items; all get all the results.
+
+    Args:
+      function: gives arrays of any number, shape and type, to the bit the same wherever it is called.
+      items: the same in all processes; there may be fewer than processes.
+
+    Returns:
+      The arrays of every item, in the order of the items.
+    """
+    count, index = jax.process_count(), jax.process_index()
+    share = range(index, len(items), count)
+    if count == 1:
+        return [function(items[i]) for i in share]
+    # Only arrays of one shape can be gathered, and doubles not at all: they travel as the bytes of a file.
+    file = io.BytesIO()
+    np.savez_compressed(file, **{f"{i} {j}": array for i in share for j, array in enumerate(function(items[i]))})  # type: ignore[arg-type]
+    sent = np.frombuffer(file.getvalue(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(sent.size))
+    received = multihost_utils.process_allgather(np.pad(sent, (0, sizes.max() - sent.size)))
+    results: list[list[np.ndarray]] = [[] for _ in items]
+    for part, size in zip(received, sizes, strict=True):
+        with np.load(io.BytesIO(part[:size].tobytes())) as arrays:
+            for name in arrays:
+                results[int(name.split()[0])].append(arrays[name])
+    return list(results)
 
 
 def is_main_process() -> bool:

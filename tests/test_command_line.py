@@ -87,13 +87,19 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(phantom_data, tmp_path)
     assert re.fullmatch(r"error: .*checkpoints/\w+: checkpoint 20 could not be written \(.*\n", err), err
 
 
-def test_two_processes_stop_at_the_same_step_and_one_goes_on(phantom_data, tmp_path):
-    workdir = tmp_path / "run"
+def train_on(count, data, workdir, *more, **how):
+    """Starts a training of several processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    more = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--config.steps=2000", "--config.eval.every=2000"]
-    processes = [train(phantom_data, workdir, *more, f"--process_id={i}") for i in range(2)]
+    together = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"]
+    return [train(data, workdir, *together, f"--process_id={i}", *more, **how) for i in range(count)]
+
+
+def test_two_processes_stop_at_the_same_step_and_one_goes_on(phantom_data, tmp_path):
+    workdir = tmp_path / "run"
+    more = ["--config.steps=2000", "--config.eval.every=2000"]
+    processes = train_on(2, phantom_data, workdir, *more)
     wait_for(workdir / "metrics.csv", processes[0])
     processes[1].send_signal(signal.SIGTERM)  # to one of them only
     (out, err), (other, _) = (finish(process, 128 + signal.SIGTERM) for process in processes)
@@ -101,11 +107,51 @@ def test_two_processes_stop_at_the_same_step_and_one_goes_on(phantom_data, tmp_p
     (stopped,) = Checkpoints(workdir, "last").steps()[-1:]
     assert f"stopped by SIGTERM at step {stopped}; saved." in out and "stopped by" not in other
 
-    process = train(phantom_data, workdir, *more[2:])
+    process = train(phantom_data, workdir, *more)
     wait_for(workdir / "metrics.csv", process, rows=stopped // 5 + 1)
     process.send_signal(signal.SIGTERM)
     out, _ = finish(process, 128 + signal.SIGTERM)
     assert "1 process(es)" in out and f"goes on from step {stopped}" in out
+
+
+def test_two_processes_measure_what_one_does(phantom_data, tmp_path):
+    workdir = tmp_path / "run"
+    more = ["--config.eval.select=student", "--config.optimizer.learning_rate=0.01"]
+    (out, _), _ = (finish(p) for p in train_on(2, phantom_data, workdir, *more, method="supervised"))
+    assert "2 process(es)" in out and len(list((workdir / "val_overlays").iterdir())) == 3
+
+    finish(command("sscl_jax.evaluate", f"--checkpoint={workdir}", f"--csv={tmp_path / 'cases.csv'}"))
+    assert (tmp_path / "cases.csv").read_bytes() == (workdir / "val_cases.csv").read_bytes()
+    with open(tmp_path / "cases.csv", newline="") as file:
+        cases = [row for row in csv.DictReader(file) if row["network"] == "student"]
+    distances = [float(row["hd95_mm"]) for row in cases]
+    with open(workdir / "metrics.csv", newline="") as file:
+        measured = {int(row["step"]): row["val_hd95_mm"] for row in csv.DictReader(file) if row["val_hd95_mm"]}
+    (best,) = Checkpoints(workdir, "best").steps()
+    assert len({row["case"] for row in cases}) == 2 and len(set(distances)) > 1
+    assert measured.keys() == {20, 40}
+    assert float(measured[best]) == pytest.approx(sum(distances) / len(distances), rel=1e-5)
+
+
+def test_when_one_process_is_killed_the_other_ends_and_the_same_commands_go_on(phantom_data, tmp_path):
+    workdir = tmp_path / "run"
+    more = ["--config.steps=2000", "--config.eval.every=2000", "--config.save_every=5"]
+    processes = train_on(2, phantom_data, workdir, *more, method="supervised")
+    wait_for(workdir / "metrics.csv", processes[0], rows=2)  # so that step 5 is saved
+    processes[1].kill()
+    finish(processes[1], -signal.SIGKILL)
+    _, err = finish(processes[0], 1)
+    assert re.fullmatch(r"error: another process has ended \(.*Gloo.*\): see why, and give the same commands\n", err), (
+        err
+    )
+    assert "Traceback" not in err
+
+    saved = Checkpoints(workdir, "last").steps()[-1]
+    processes = train_on(2, phantom_data, workdir, *more, method="supervised")
+    wait_for(workdir / "metrics.csv", processes[0], rows=saved // 5 + 1)
+    processes[0].send_signal(signal.SIGTERM)
+    (out, _), _ = (finish(process, 128 + signal.SIGTERM) for process in processes)
+    assert f"goes on from step {saved}" in out
 
 
 # What only the command line can get wrong; all else is in test_training.py.

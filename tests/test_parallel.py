@@ -1,0 +1,54 @@
+"""Several processes share work. What they train together is in test_command_line.py."""
+
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from sscl_jax import parallel
+
+
+def work(item):
+    """Arrays of every kind that an evaluation gives, of another size for each item."""
+    random = np.random.RandomState(item)
+    return [
+        random.randint(0, 9, (item, 3, 2)).astype(np.uint8),
+        np.append(random.randn(2 * item), np.nan) / 3,  # doubles, to the last bit
+        random.rand(item) > 0.5,
+        np.array(2**40 + item),
+    ]
+
+
+def check():
+    for count in range(5):
+        shared = parallel.in_shares(work, range(count))
+        assert len(shared) == count
+        for item, arrays in enumerate(shared):
+            for array, expected in zip(arrays, work(item), strict=True):
+                assert array.dtype == expected.dtype
+                np.testing.assert_array_equal(array, expected)
+
+
+def test_one_process_does_all():
+    check()
+
+
+@pytest.mark.end_to_end
+def test_three_processes_share_none_to_four_items():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = [
+        subprocess.Popen([sys.executable, __file__, address, str(i)], stderr=subprocess.PIPE, text=True)
+        for i in range(3)
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+
+
+if __name__ == "__main__":
+    parallel.initialise_hosts(sys.argv[1], 3, int(sys.argv[2]))
+    check()
