@@ -208,13 +208,16 @@ class TorchUNet(nn.Module):
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and soft Dice over the batch."""
+    """Cross-entropy and soft Dice over the batch, of background and the classes that it holds."""
     ce = (F.cross_entropy(logits, labels, reduction="none") * weight).mean()
     reference = F.one_hot(labels, CLASSES).movedim(-1, 1)
     probs, weight = logits.softmax(1), weight[:, None]
     overlap = (weight * probs * reference).sum((0, 2, 3))
     total = (weight * (probs + reference)).sum((0, 2, 3))
-    return ce, (1 - (2 * overlap + 1) / (total + 1)).mean()
+    held = (weight * reference).sum((0, 2, 3)) > 0
+    held[0] = True
+    dice = 1 - (2 * overlap + 1) / (total + 1)
+    return ce, (dice * held).sum() / held.sum()
 
 
 def draw(probs: Tensor, inside: Tensor, level: int, count: int, threshold: float) -> tuple[Tensor, Tensor, Tensor]:

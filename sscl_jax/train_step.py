@@ -242,12 +242,16 @@ def make_train_step(
         place = jax.lax.axis_index(axis_name) * local_batch + jnp.arange(local_batch)
         return jax.vmap(jax.random.fold_in, (None, 0))(key, place)
 
-    def segmentation_loss(logits, labels, weight, term, metrics, classes=1.0):
-        """This device's share of half cross-entropy, half soft Dice over the global batch, a mean over `classes`."""
+    def segmentation_loss(logits, labels, weight, term, metrics):
+        """This device's share of half cross-entropy, half soft Dice over the global batch, of the classes it holds."""
         ce = jnp.sum(losses.cross_entropy(logits, labels) * weight)
         pixels = global_sum(jnp.asarray(weight.size, jnp.float32))
         sums = losses.dice_sums(jax.nn.softmax(logits), labels, weight)
-        dice = jnp.average(losses.soft_dice_loss(global_sum(sums)), weights=jnp.broadcast_to(classes, num_classes))
+        # The Dice of a class that is absent is minimal where its probability is 0 everywhere, and steep there. So it
+        # extinguishes a class that is slow to learn, or of which the teacher is not sure yet; cross-entropy does not.
+        held = jnp.sum(jax.nn.one_hot(labels, num_classes) * weight[..., None], tuple(range(labels.ndim)))
+        held = (global_sum(held) > 0).at[0].set(True)
+        dice = jnp.average(losses.soft_dice_loss(global_sum(sums)), weights=held.astype(jnp.float32))
         metrics[f"{term}_ce"] = (global_sum(ce), pixels)
         metrics[f"{term}_dice"] = (dice, jnp.ones(()))
         # Every device holds the whole Dice; the shares must add up to it once.
@@ -339,11 +343,7 @@ def make_train_step(
                 sure = (confidence >= pseudo_label_threshold) & mixed["inside"]
                 target = jnp.argmax(mixed["probs"], -1)
                 sure_weight = sure.astype(jnp.float32)
-                # A class that the teacher does not find is no class that is not there: the Dice of an absent class
-                # would push it down everywhere, and one that is slow to learn would never be learnt.
-                found = jnp.sum(jax.nn.one_hot(target, num_classes) * sure_weight[..., None], tuple(range(target.ndim)))
-                found = (global_sum(found) > 0).at[0].set(True).astype(jnp.float32)
-                term = segmentation_loss(logits[num_labeled:], target, sure_weight, "pl", metrics, found)
+                term = segmentation_loss(logits[num_labeled:], target, sure_weight, "pl", metrics)
                 loss += pseudo_label_weight(state.step) * term
                 counts = jnp.sum(sure_weight), jnp.sum(mixed["inside"].astype(jnp.float32))
                 metrics["pl_coverage"] = global_sum(counts)

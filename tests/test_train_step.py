@@ -354,7 +354,7 @@ def test_terms_of_weight_zero_leave_the_supervised_step(cheap, monkeypatch):
             np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_a_class_without_pseudo_labels_has_no_part_in_their_dice(cheap):
+def test_an_absent_class_has_no_part_in_the_dice(cheap):
     def change(state):
         def sure_of(params, c):
             dense = {"kernel": np.zeros((4, 3), "f4"), "bias": np.float32([100 * (c == i) for i in range(3)])}
