@@ -5,6 +5,8 @@ python -m sscl_jax.main --config=configs/openkbp.py --workdir=runs/openkbp
 
 DIR holds scans that you converted to NIfTI (OpenKBP's own files are CSV; there is no command for that here), in the
 layout of the Medical Segmentation Decathlon, with a `splits.json`.
+
+No figure for it as it is now; for what it was, docs/results.md.
 """
 
 from ml_collections import ConfigDict
