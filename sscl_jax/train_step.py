@@ -323,9 +323,7 @@ def make_train_step(
                     given = {name: labeled[name] for name in ("strong", *where)} | {"probs": true}
                     given = jax.tree.map(lambda x: x[jnp.arange(count) * num_labeled // count], given)
                     coins = jax.vmap(lambda k: jax.random.bernoulli(k, views.cutmix_labeled))(coin_keys)
-                    sources = paste(
-                        sources, given, jnp.broadcast_to(coins[(..., *(None,) * len(patch))], (count, *patch))
-                    )
+                    sources = paste(sources, given, coins)
                 boxes = jax.vmap(lambda k: draw_box(k, views, patch))(box_keys)
                 mixed = paste(mixed, sources, boxes)
 
