@@ -47,6 +47,7 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.data.patch_size = (128, 128)  # pixels, (H, W) or (D, H, W)
     config.data.labeled_batch = 4  # labelled images in a step, over all devices
     config.data.unlabeled_batch = 4  # unlabelled images in a step, over all devices
+    config.data.device_memory = 2.0  # GiB of each device for training images; more than that stay on disk
 
     config.model = ConfigDict()
     config.model.widths = (16, 32, 64, 128, 256)  # channels of each level, finest first

@@ -23,6 +23,7 @@ NETWORKS = ("student", "teacher")
 # Fields that may differ when a training goes on: they decide what is shown and kept, not what is learnt.
 FREE_FIELDS = (
     "data.path",
+    "data.device_memory",
     "data.labeled_fraction",  # data.labeled_patients holds the number that it makes
     "log_every",
     "save_every",
@@ -58,6 +59,7 @@ def check_config(config: ConfigDict) -> None:
         require(0 <= config.augment[field] <= 1, f"augment.{field}", "must lie in [0, 1]")
     require(0 <= config.data.labeled_fraction <= 1, "data.labeled_fraction", "a share of the patients, 0 to 1")
     require(bool(config.data.path), "data.path", "name the folder that a data_prep command wrote")
+    require(config.data.device_memory >= 0, "data.device_memory", "must not be negative")
     require(len(config.data.patch_size) in (2, 3), "data.patch_size", "give (H, W) or (D, H, W)")
     factor = 2 ** (len(config.model.widths) - 1)
     divisible = all(n > 0 and n % factor == 0 for n in config.data.patch_size)

@@ -170,6 +170,12 @@ def shard(batch: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
 
 
+@functools.partial(jax.pmap, axis_name=AXIS, in_axes=(None, 0))
+def gather(samples: Any, indices: jax.Array) -> Any:
+    """Rows of every array of `samples`, which each device holds, by the indices of each device; split as by `shard`."""
+    return jax.tree.map(lambda x: x[indices], samples)
+
+
 def parallel_step(
     step: Callable[[Any, Any], tuple[Any, Any]],
 ) -> Callable[[Any, Any], tuple[Any, Any]]:

@@ -246,7 +246,11 @@ def images_of_step(config: ConfigDict) -> int:
 
 
 class Batches:
-    """The batches of a training, by step."""
+    """The batches of a training, by step.
+
+    Samples that take no more than `data.device_memory` lie in the memory of each device, and a batch is gathered
+    there; otherwise it is read from the memory-mapped cache.
+    """
 
     def __init__(self, config: ConfigDict, dataset: PreparedDataset, roles: Roles):
         canvas = canvas_shape(roles.labeled + roles.unlabeled, tuple(config.data.patch_size))
@@ -256,6 +260,11 @@ class Batches:
         if experiment.uses_unlabeled(config):
             self.pools["unlabeled"] = Pool(dataset, roles.unlabeled, canvas, labeled=False)
             self.sizes["unlabeled"] = config.data.unlabeled_batch
+        self.resident = None
+        if sum(pool.size_in_bytes() for pool in self.pools.values()) <= config.data.device_memory * 2**30:
+            self.resident = {
+                part: parallel.replicate(pool.batch(np.arange(len(pool.samples)))) for part, pool in self.pools.items()
+            }
 
     def indices(self, step: int) -> dict[str, np.ndarray]:
         """Samples of the global batch of a step, for each pool."""
@@ -264,13 +273,12 @@ class Batches:
             for stream, (part, pool) in enumerate(self.pools.items())
         }
 
-    def load(self, step: int) -> dict[str, dict[str, np.ndarray]]:
+    def load(self, step: int) -> dict[str, dict[str, Any]]:
         """This process's share of the batch of a step, split over its devices."""
-        indices = self.indices(step)
-        return parallel.shard({
-            part: pool.batch(indices[part][parallel.local_slice(self.sizes[part])])
-            for part, pool in self.pools.items()
-        })  # fmt: skip
+        share = {part: i[parallel.local_slice(self.sizes[part])] for part, i in self.indices(step).items()}
+        if self.resident:
+            return {part: parallel.gather(self.resident[part], parallel.shard(i)) for part, i in share.items()}
+        return parallel.shard({part: self.pools[part].batch(i) for part, i in share.items()})
 
     def names(self, step: int) -> dict[str, list[str]]:
         """Case ids in the batch of a step."""

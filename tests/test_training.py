@@ -111,6 +111,22 @@ def test_a_new_training_in_a_used_folder_shows_nothing_of_the_old(trained, tiny_
 # ----------------------------------------------------------------------------------------------------------- learning
 
 
+def test_a_batch_is_the_same_from_device_memory_and_from_disk(tiny_config):
+    batches = []
+    for memory in (1.0, 0.0):
+        config, dataset, roles = train.open_data(tiny_config(**{"data.device_memory": memory}))
+        batches.append(train.Batches(config, dataset, roles))
+        size = sum(pool.size_in_bytes() for pool in batches[-1].pools.values())
+        held = [leaf.nbytes for leaf in jax.tree.leaves(batches[-1].resident)]
+        assert sum(held) == (size if memory else 0)
+    for step in (0, 3, 50):  # in the first pass over the samples, and later
+        inside, read = (b.load(step) for b in batches)
+        assert jax.tree.structure(inside) == jax.tree.structure(read)
+        for a, b in zip(jax.tree.leaves(inside), jax.tree.leaves(read), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+
+
 def test_the_loss_falls_and_dice_rises(trained):
     workdir, summaries = trained
     rows = rows_of(workdir)

@@ -6,6 +6,7 @@ The batch of a step is a pure function of (seed, step): a resumed training sees 
 import dataclasses
 import functools
 import hashlib
+import math
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,11 @@ class Pool:
         self.labeled = labeled
         depth = lambda case: case.grid.shape[0] if len(canvas) == 2 else 1  # noqa: E731
         self.samples = [(case, index) for case in cases for index in range(depth(case))]
+
+    def size_in_bytes(self) -> int:
+        """Of a batch that holds every sample once."""
+        values = 4 * self.dataset.channels + self.labeled
+        return len(self.samples) * (math.prod(self.canvas) * values + 4 * (len(self.canvas) + 2))
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Reads samples.
