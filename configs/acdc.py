@@ -25,6 +25,6 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.augment.rotate = 60.0
     config.steps = 5000
     config.eval.every = 1000
-    config.eval.largest_component = True
+    config.eval.largest_component = "foreground"
     config.save_every = 250
     return config

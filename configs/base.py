@@ -114,7 +114,7 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.eval.overlap = 0.1  # of neighbouring windows during training
     config.eval.final_overlap = 0.5  # of neighbouring windows in the final tables
     config.eval.select = "teacher"  # whom val measures during training, to decide which checkpoint is best
-    config.eval.largest_component = False  # keep only the largest part of the foreground, and of each class in it
+    config.eval.largest_component = "none"  # none | class (keep its largest part) | foreground (then of each class too)
     config.eval.test = False  # measure the test split at the end
 
     config.log_every = 50  # steps between rows of metrics.csv

@@ -26,5 +26,5 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.augment.flip = (False, False, False)
     config.steps = 6000
     config.eval.every = 1000
-    config.eval.largest_component = True
+    config.eval.largest_component = "foreground"
     return config

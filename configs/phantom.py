@@ -27,7 +27,7 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
         config[term].ramp_steps = 300
     config.steps = 1500
     config.eval.every = 500
-    config.eval.largest_component = True
+    config.eval.largest_component = "foreground"
     config.eval.test = True
     config.save_every = 250
     return config

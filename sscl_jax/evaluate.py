@@ -110,21 +110,26 @@ class CaseResult(NamedTuple):
     sure: tuple[int, int, int]
 
 
-def keep_largest_component(classes: np.ndarray) -> np.ndarray:
-    """Leaves of the foreground its largest part, then of each class its largest part: (X, Y, Z) to the same.
+def keep_largest_component(classes: np.ndarray, of: str) -> np.ndarray:
+    """Leaves out what lies apart: (X, Y, Z) to the same. Voxels hang together that touch, be it at a corner.
 
-    For classes that are parts of one organ. The organ first: what looks like one of its parts elsewhere may be larger
-    than the part itself. Voxels hang together that touch, be it at a corner.
+    Args:
+      classes: class indices.
+      of: `none` leaves all; `class` leaves of each class its largest part; `foreground` first leaves the largest part
+        of all classes together. That is for parts of one organ: what looks like one of them elsewhere may be larger
+        than the part itself.
     """
 
     def largest(mask: np.ndarray) -> np.ndarray:
         parts, count = ndimage.label(mask, np.ones((3,) * mask.ndim))
         return parts == 1 + np.argmax(np.bincount(parts.ravel())[1:]) if count else mask
 
-    organ = np.where(largest(classes > 0), classes, 0)
+    if of == "none":
+        return classes
+    kept = np.where(largest(classes > 0), classes, 0) if of == "foreground" else classes
     result = np.zeros_like(classes)
-    for c in np.unique(organ[organ > 0]):
-        result[largest(organ == c)] = c
+    for c in np.unique(kept[kept > 0]):
+        result[largest(kept == c)] = c
     return result
 
 
@@ -134,7 +139,7 @@ def segment(
     image: np.ndarray,
     grid: recipes.Grid,
     recipe: recipes.Recipe,
-    largest_component: bool,
+    largest_component: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Segments one prepared image.
 
@@ -151,7 +156,7 @@ def segment(
     """
     probs = recipes.to_native(predict(variables, image), grid, recipe)
     classes = np.argmax(probs, axis=-1).astype(np.uint8)
-    return keep_largest_component(classes) if largest_component else classes, np.max(probs, axis=-1)
+    return keep_largest_component(classes, largest_component), np.max(probs, axis=-1)
 
 
 def evaluate_cases(
@@ -159,7 +164,7 @@ def evaluate_cases(
     variables: Any,
     dataset: PreparedDataset,
     cases: Sequence[Case],
-    largest_component: bool,
+    largest_component: str,
     threshold: float = 0.0,
 ) -> list[CaseResult]:
     """Segments and measures cases that have a label; `threshold`: least confidence of a pseudo-label.
@@ -169,11 +174,11 @@ def evaluate_cases(
 
     def measure(case: Case) -> list[np.ndarray]:
         image, label = dataset.image(case.index), dataset.native_label(case.index)
-        classes, confidence = segment(predict, variables, image, case.grid, dataset.recipe, largest_component=False)
+        classes, confidence = segment(predict, variables, image, case.grid, dataset.recipe, largest_component="none")
         foreground = (classes > 0) | (label > 0)
         sure = foreground & (confidence >= threshold)
         right = sure & (classes == label)
-        prediction = keep_largest_component(classes) if largest_component else classes
+        prediction = keep_largest_component(classes, largest_component)
         measured = metrics.case_metrics(prediction, label, dataset.num_classes, case.grid.native_spacing)
         return [prediction, np.array([foreground.sum(), sure.sum(), right.sum()]), *vars(measured).values()]
 

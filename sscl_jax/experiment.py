@@ -95,6 +95,11 @@ def check_config(config: ConfigDict) -> None:
     require(config.eval.select in ("teacher", "student"), "eval.select", "choose 'teacher' or 'student'")
     for field in ("overlap", "final_overlap"):
         require(0 <= config.eval[field] < 1, f"eval.{field}", "must lie in [0, 1)")
+    require(
+        config.eval.largest_component in ("none", "class", "foreground"),
+        "eval.largest_component",
+        "choose 'none', 'class' or 'foreground'",
+    )
     require(config.model.norm in ("group", "batch"), "model.norm", "choose 'group' or 'batch'")
     require(config.model.dtype in ("float32", "bfloat16"), "model.dtype", "choose 'float32' or 'bfloat16'")
     parallel.local_slice(config.data.labeled_batch)

@@ -80,8 +80,11 @@ def write_card(workdir: Path) -> Path:
         values=", ".join(
             f"{value} ({name})" for value, name in zip(recipe["label_values"], recipe["class_names"], strict=True)
         ),
-        largest="Only the largest part of the foreground, and of each class in it, is kept. "
-        * config["eval"]["largest_component"],
+        largest={
+            "none": "",
+            "class": "Only the largest part of each class is kept. ",
+            "foreground": "Only the largest part of the foreground, and of each class in it, is kept. ",
+        }[config["eval"]["largest_component"]],
         roles=_table(["part", "patients", "cases", "slices"], roles),
         fingerprint=facts["fingerprint"],
         steps=config["steps"],

@@ -58,11 +58,11 @@ def test_pseudo_labels_by_hand():
     case = SimpleNamespace(index=0, grid=make_grid(label.shape, np.eye(4), recipe))
     data = SimpleNamespace(image=lambda _: probs, native_label=lambda _: label, num_classes=2, recipe=recipe)
 
-    def sure(threshold, largest=False):
+    def sure(threshold, largest="none"):
         (result,) = evaluate.evaluate_cases(lambda _, image: image, None, data, [case], largest, threshold)
         return result.sure
 
-    assert sure(0.0) == (4, 4, 2) == sure(0.0, largest=True)
+    assert sure(0.0) == (4, 4, 2) == sure(0.0, largest="foreground")
     assert sure(0.8) == (4, 3, 1)  # 0.6 is too little; of 0.9, 0.9 and 0.95 one is right
     assert sure(0.93) == (4, 1, 0)
 
@@ -121,18 +121,24 @@ def test_largest_component_by_hand():
     classes[6:, :2] = 2  # a larger part of class 2, but not in the organ
     expected = classes.copy()
     expected[2, 5, 0] = 0
+    by_class = np.where(np.arange(9)[:, None, None] < 6, 0, classes)
+    by_class[:3, :3] = 1  # organs that do not touch both stay, and of each its largest part
+    np.testing.assert_array_equal(evaluate.keep_largest_component(classes, "class"), by_class)
+    np.testing.assert_array_equal(evaluate.keep_largest_component(classes, "none"), classes)
     expected[6:] = 0
-    np.testing.assert_array_equal(evaluate.keep_largest_component(classes), expected)
+    np.testing.assert_array_equal(evaluate.keep_largest_component(classes, "foreground"), expected)
     classes[:3, :3, 0] = 2  # now the organ's class 2 has 9 voxels there, and one elsewhere that touches only class 1
     classes[3, 3, 1] = 1
     classes[4, 4, 1] = 2
     expected = np.zeros_like(classes)
     expected[:3, :3, 0], expected[:3, :3, 1], expected[3, 3, 1] = 2, 1, 1
-    np.testing.assert_array_equal(evaluate.keep_largest_component(classes), expected)
+    np.testing.assert_array_equal(evaluate.keep_largest_component(classes, "foreground"), expected)
     # Nor does it matter which part is met first.
-    np.testing.assert_array_equal(evaluate.keep_largest_component(classes[::-1, ::-1]), expected[::-1, ::-1])
+    np.testing.assert_array_equal(
+        evaluate.keep_largest_component(classes[::-1, ::-1], "foreground"), expected[::-1, ::-1]
+    )
     nothing = np.zeros((3, 3, 3), np.uint8)
-    np.testing.assert_array_equal(evaluate.keep_largest_component(nothing), nothing)
+    np.testing.assert_array_equal(evaluate.keep_largest_component(nothing, "foreground"), nothing)
 
 
 def write(path, array, affine=None):

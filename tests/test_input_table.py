@@ -428,7 +428,7 @@ def test_odd_sizes_are_padded_predicted_and_cropped_back(shape, patch):
     scan = np.random.default_rng(0).uniform(-200, 280, (*shape, 1)).astype("f4")
     grid = make_grid(shape, AXIAL, CT)
     predict = evaluate.make_predictor(Threshold(), patch, overlap=0.5, batch=4)
-    mask, _ = evaluate.segment(predict, None, prepare_image(scan, grid, CT), grid, CT, largest_component=False)
+    mask, _ = evaluate.segment(predict, None, prepare_image(scan, grid, CT), grid, CT, largest_component="none")
     assert mask.shape == shape
     np.testing.assert_array_equal(mask, scan[..., 0] > 40)
 
