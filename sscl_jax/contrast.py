@@ -62,7 +62,9 @@ def info_nce(
       loss (Q,) float32, at least 0, and valid (Q,) bool: whether the query has a positive and a negative. Loss and
       gradient of the others are 0.
     """
-    scores = queries.astype(jnp.float32) @ keys.astype(jnp.float32).T / temperature
+    # Some devices would round the factors to TF32 or bfloat16, and a low temperature makes much of that.
+    products = jnp.matmul(queries.astype(jnp.float32), keys.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
+    scores = products / temperature
     log_negatives = jax.nn.logsumexp(jnp.where(negative, scores, _LOG_ZERO), axis=1)
     # -log(e^p / (e^p + sum e^n)) = softplus(log sum e^n - p)
     terms = jax.nn.softplus(log_negatives[:, None] - scores)
