@@ -1,6 +1,9 @@
+import importlib.util
 import itertools
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +18,10 @@ from sscl_jax.data import prepared
 from sscl_jax.data import recipe as recipes
 from sscl_jax.data.prepared import CaseSource, open_prepared, write_prepared
 from sscl_jax.data.recipe import Recipe
+
+_SPEC = importlib.util.spec_from_file_location("large", Path(__file__).parents[1] / "benchmarks" / "large.py")
+large = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(large)
 
 RECIPE = Recipe(label_values=(0, 10, 20), class_names=("background", "a", "b"))
 PATIENTS = {"train": ["p3", "p1"], "val": ["p2"], "test": []}
@@ -86,6 +93,21 @@ def test_views_are_read_only_and_share_the_file(dataset):
     assert isinstance(image, np.memmap) and not image.flags.owndata
     with pytest.raises(ValueError, match="read-only"):
         image[0] = 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells what is resident of a file")
+def test_what_was_read_does_not_stay_in_memory(dataset):
+    shutil.copytree(dataset.path, copy := dataset.path.with_name("large"))
+    large.enlarge(copy, 2**26)  # 64 MiB, of images of at most 2240 bytes
+    opened = open_prepared(copy)
+    resident = []
+    for i in range(len(opened.cases)):
+        assert np.isfinite(opened.image(i)).all()
+        if i % 5000 == 0:
+            text = Path("/proc/self/smaps").read_text()
+            (kib,) = re.findall(rf"{copy}/cache/images\.f32\n.*?Rss: +(\d+) kB", text, re.DOTALL)
+            resident.append(int(kib))
+    assert len(resident) > 5 and max(resident) < 2**13  # pages come in blocks of up to 2 MiB
 
 
 def test_folder_is_a_tfds_dataset(dataset):

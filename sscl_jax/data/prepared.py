@@ -24,6 +24,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import mmap
 import os
 import shutil
 import socket
@@ -144,6 +145,8 @@ class PreparedDataset:
         """Image of case `i`: read-only float32 view (D, H, W, C) of the cache."""
         entry = self._index[i]
         shape = (*entry["shape"], entry["channels"])
+        # What was read before counts as this process's memory until it is given back; the system still has it cached.
+        self._images.base.madvise(mmap.MADV_DONTNEED)  # type: ignore[union-attr]
         return _view(self._images, entry["image_offset"], shape)
 
     def label(self, i: int) -> np.ndarray:
