@@ -39,6 +39,7 @@ class Contrast:
       positives: `pixels` or `means`, the class means of the batch (anatomical only).
       cells: R, the plane is cut into R x R cells (region only).
       partitions: S, the volume is cut into S parts along its slices (region only).
+      labeled: whether labelled images give queries and keys too, or unlabelled ones alone.
     """
 
     sampler: str
@@ -50,6 +51,7 @@ class Contrast:
     positives: str
     cells: int
     partitions: int
+    labeled: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,7 +306,7 @@ def make_train_step(
         if uses_unlabeled:
             unlabeled = drawn["unlabeled"]
             weak = unlabeled["weak"]
-            if contrast_weight:  # labelled pixels give keys too
+            if contrast_weight and contrast_options.labeled:
                 weak = jnp.concatenate([labeled["weak"], weak])
             teacher_logits, teacher_features = apply(state.teacher, state.teacher_stats, weak, False)
             teacher_logits, teacher_features = jax.lax.stop_gradient((teacher_logits, teacher_features))
@@ -352,24 +354,24 @@ def make_train_step(
                 loss += consistency_weight(state.step) * total[0] / total[1]
                 metrics["cons"] = (global_sum(total[0]), total[1])
             if contrast_weight:
-                query_views, key_views = (
-                    {n: jnp.concatenate([labeled[n], other[n]]) for n in where} for other in (mixed, unlabeled)
-                )
-                query_probs = jnp.concatenate([true, mixed["probs"]])
-                key_probs = jnp.concatenate([true, teacher_probs])
+                query_views, key_views = mixed, unlabeled | {"probs": teacher_probs}
+                query_features, keys = features[num_labeled:], example_keys(4, state.step, teacher_probs.shape[0])
+                if contrast_options.labeled:
+                    given = labeled | {"probs": true}
+                    query_views, key_views = (
+                        {n: jnp.concatenate([given[n], other[n]]) for n in (*where, "probs")}
+                        for other in (query_views, key_views)
+                    )
+                    query_features = features
+                    keys = jnp.concatenate([example_keys(3, state.step, num_labeled), keys])
                 term, metrics["con"] = contrast_loss(
                     student,
                     state.teacher,
-                    features,
+                    query_features,
                     teacher_features,
-                    describe_pixels(query_probs, query_views, contrast_options),
-                    describe_pixels(key_probs, key_views, contrast_options),
-                    jnp.concatenate(
-                        [
-                            example_keys(3, state.step, num_labeled),
-                            example_keys(4, state.step, teacher_probs.shape[0]),
-                        ]
-                    ),
+                    describe_pixels(query_views["probs"], query_views, contrast_options),
+                    describe_pixels(key_views["probs"], key_views, contrast_options),
+                    keys,
                 )
                 loss += contrast_weight(state.step) * term
             metrics["loss"] = (global_sum(loss), jnp.ones(()))

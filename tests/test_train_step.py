@@ -96,7 +96,7 @@ def test_paste_by_brute_force():
 
 def options(**fields):
     defaults = dict(sampler="region", level=1, temperature=0.1, num_queries=4, num_keys=4, threshold=0.5)
-    return Contrast(**defaults | dict(positives="pixels", cells=4, partitions=3) | fields)
+    return Contrast(**defaults | dict(positives="pixels", cells=4, partitions=3, labeled=True) | fields)
 
 
 def test_describe_pixels_by_brute_force():
@@ -283,7 +283,7 @@ EXPECTED = {
     "region": ({"con"}, {"data.patch_size": (8, 8, 8), "augment.flip": (False,) * 3}),
     "anatomical": ({"con"}, {"contrast.positives": "means", "contrast.level": 0, "teacher.scope": "encoder"}),
     "pseudo_label": (PSEUDO_LABEL, {"model.norm": "batch", "pseudo_label.threshold": 0.3}),
-    "region_pl": ({"con"} | PSEUDO_LABEL, {}),
+    "region_pl": ({"con"} | PSEUDO_LABEL, {"contrast.labeled": False}),
     "anatomical_pl": ({"con"} | PSEUDO_LABEL, {}),
 }
 
@@ -352,6 +352,23 @@ def test_terms_of_weight_zero_leave_the_supervised_step(cheap, monkeypatch):
     for one, other in zip(supervised, silent, strict=True):
         for a, b in zip(jax.tree.leaves(one.student), jax.tree.leaves(other.student), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("labeled", [True, False])
+def test_labelled_images_take_part_in_the_contrast_if_asked_to(labeled, cheap, monkeypatch):
+    config = small("anatomical", **{"contrast.labeled": labeled, "augment.foreground": 0.0})
+    original, terms = make_batch, []
+    for shift in (0.0, 1.0):
+
+        def shifted(*args, shift=shift, **kwargs):
+            batch = original(*args, **kwargs)
+            image = batch["labeled"]["image"]
+            return batch | {"labeled": batch["labeled"] | {"image": image * (1 - 2 * shift)}}
+
+        monkeypatch.setitem(globals(), "make_batch", shifted)
+        terms.append(run(config, steps=1)[1])
+    assert terms[0]["sup_ce"] != terms[1]["sup_ce"]
+    assert (terms[0]["con"] != terms[1]["con"]) == labeled
 
 
 def test_an_absent_class_has_no_part_in_the_dice(cheap):
