@@ -59,6 +59,7 @@ def check_config(config: ConfigDict) -> None:
         require(0 <= config.augment[field] <= 1, f"augment.{field}", "must lie in [0, 1]")
     require(0 <= config.data.labeled_fraction <= 1, "data.labeled_fraction", "a share of the patients, 0 to 1")
     require(bool(config.data.path), "data.path", "name the folder that a data_prep command wrote")
+    require(0 <= config.seed < 2**32, "seed", "choose 0 to 2**32 - 1")
     require(config.data.device_memory >= 0, "data.device_memory", "must not be negative")
     require(len(config.data.patch_size) in (2, 3), "data.patch_size", "give (H, W) or (D, H, W)")
     factor = 2 ** (len(config.model.widths) - 1)
@@ -193,7 +194,6 @@ def make_step(config: ConfigDict, num_classes: int) -> Callable:
         train_step.make_train_step(
             make_model(config, num_classes),
             make_optimizer(config),
-            seed=config.seed,
             patch=tuple(config.data.patch_size),
             views=make_views(config),
             contrast_options=train_step.Contrast(**{name: config.contrast[name] for name in fields}),

@@ -15,6 +15,8 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
       step: () int32, number of optimiser steps done.
+      seed: () uint32, of all randomness in the steps. Here and not in the program, so that trainings which differ in
+        nothing else share what was compiled.
       student: parameters that the optimiser trains, in the groups `encoder`, `decoder` and `projector`.
       teacher: exponential moving average of them; never receives a gradient.
       student_stats: running statistics of the student's batch norm; {} with group norm.
@@ -23,6 +25,7 @@ class TrainState(flax.struct.PyTreeNode):
     """
 
     step: jax.Array
+    seed: jax.Array
     student: Any
     teacher: Any
     student_stats: Any
@@ -47,6 +50,7 @@ def create_train_state(
     copy = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731
     return TrainState(
         step=jnp.zeros((), jnp.int32),
+        seed=jnp.asarray(seed, jnp.uint32),
         student=student,
         teacher=copy(student),
         student_stats=stats,

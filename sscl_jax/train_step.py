@@ -190,7 +190,6 @@ def make_train_step(
     model: UNet,
     optimizer: optax.GradientTransformation,
     *,
-    seed: int,
     patch: tuple[int, ...],
     views: Views,
     contrast_options: Contrast,
@@ -207,7 +206,6 @@ def make_train_step(
     Args:
       model: student and teacher network; its `feature_level` must equal `contrast_options.level`.
       optimizer: moves the student.
-      seed: of all randomness in the step.
       patch: size of a view, (H, W) or (D, H, W).
       views: how views are drawn.
       contrast_options: how pixels are contrasted.
@@ -239,8 +237,8 @@ def make_train_step(
     def global_sum(x):
         return jax.lax.psum(x, axis_name)
 
-    def example_keys(stream, step, local_batch):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), step)
+    def example_keys(stream, state, local_batch):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(state.seed), stream), state.step)
         place = jax.lax.axis_index(axis_name) * local_batch + jnp.arange(local_batch)
         return jax.vmap(jax.random.fold_in, (None, 0))(key, place)
 
@@ -297,7 +295,7 @@ def make_train_step(
         parts = ("labeled", "unlabeled") if uses_unlabeled else ("labeled",)
         drawn = {}
         for stream, part in enumerate(parts):
-            keys = example_keys(stream, state.step, batch[part]["image"].shape[0])
+            keys = example_keys(stream, state, batch[part]["image"].shape[0])
             drawn[part] = jax.vmap(lambda k, e: draw_views(k, e, views, patch, num_classes))(keys, batch[part])
         labeled = drawn["labeled"]
         num_labeled = labeled["strong"].shape[0]
@@ -319,7 +317,7 @@ def make_train_step(
             if views.cutmix_probability > 0:
                 count = teacher_probs.shape[0]
                 sources = jax.tree.map(lambda x: x[jnp.arange(count) ^ 1], mixed)
-                box_keys, coin_keys = jax.vmap(jax.random.split, out_axes=1)(example_keys(2, state.step, count))
+                box_keys, coin_keys = jax.vmap(jax.random.split, out_axes=1)(example_keys(2, state, count))
                 if views.cutmix_labeled > 0:
                     # In blocks, so that an image has the same partner on any number of devices.
                     given = {name: labeled[name] for name in ("strong", *where)} | {"probs": true}
@@ -355,7 +353,7 @@ def make_train_step(
                 metrics["cons"] = (global_sum(total[0]), total[1])
             if contrast_weight:
                 query_views, key_views = mixed, unlabeled | {"probs": teacher_probs}
-                query_features, keys = features[num_labeled:], example_keys(4, state.step, teacher_probs.shape[0])
+                query_features, keys = features[num_labeled:], example_keys(4, state, teacher_probs.shape[0])
                 if contrast_options.labeled:
                     given = labeled | {"probs": true}
                     query_views, key_views = (
@@ -363,7 +361,7 @@ def make_train_step(
                         for other in (query_views, key_views)
                     )
                     query_features = features
-                    keys = jnp.concatenate([example_keys(3, state.step, num_labeled), keys])
+                    keys = jnp.concatenate([example_keys(3, state, num_labeled), keys])
                 term, metrics["con"] = contrast_loss(
                     student,
                     state.teacher,
@@ -388,6 +386,7 @@ def make_train_step(
         stats_step = 1.0 - ramped_decay(state.step, ema_decay)
         state = TrainState(
             step=state.step + 1,
+            seed=state.seed,
             student=student,
             teacher=update_teacher(state.teacher, student, state.step, ema_decay, ema_scope),
             student_stats=student_stats,

@@ -20,7 +20,7 @@ def make_state(step=0, width=3, stats=None):
     # Some moments that are not 0.
     optimizer = optax.adamw(1e-3)
     opt_state = jax.tree.map(np.asarray, optimizer.update(network(), optimizer.init(student), student)[1])
-    return TrainState(np.int32(step), student, network(), stats or {}, stats or {}, opt_state)
+    return TrainState(np.int32(step), np.uint32(7), student, network(), stats or {}, stats or {}, opt_state)
 
 
 def assert_same(one, other):

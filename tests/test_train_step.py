@@ -325,6 +325,17 @@ def test_a_method_moves_student_and_teacher_and_reports_its_terms(method, cheap)
     assert bool(jax.tree.leaves(states[0].student_stats)) == (config.model.norm == "batch")
 
 
+def test_the_seed_is_in_the_state_and_not_in_the_program():
+    programs, states = [], []
+    for seed in (0, 5):
+        config = small("anatomical_pl", seed=seed)
+        states.append(experiment.make_state(config, 3, 1))
+        batch = jax.tree.map(lambda x: x[None], make_batch(config))
+        programs.append(experiment.make_step(config, 3).lower(states[-1], batch).as_text())
+    assert [int(state.seed) for state in states] == [0, 5]
+    assert programs[0] == programs[1]
+
+
 def test_a_step_in_bfloat16_is_near_that_in_float32(cheap):
     fields = {"pseudo_label.threshold": 0.0, "augment.cutmix_probability": 0.0}
     (_, _, full), expected = run(small("anatomical_pl", **fields))
