@@ -1,18 +1,22 @@
 """The training step against the same step written in PyTorch.
 
     pip install -e '.[bench]'
-    python benchmarks/torch_step.py [--images=4+4] [--size=128] [--check]
+    python benchmarks/torch_step.py [--images=4+4] [--size=128] [--dtype=bfloat16] [--check]
 
 The PyTorch side shares nothing with `sscl_jax` but the config: same network, views, losses, optimiser and teacher, in
-two forms. *eager* is what one finds in the field: NCHW, float32, one module after the other. *compiled* is the
+some forms. *eager* is what one finds in the field: NCHW, float32, one module after the other. *compiled* is the
 strongest we know: channels last, torch.compile, fused AdamW, and bfloat16 autocast on a GPU (not on a CPU, where the
-JAX step is float32 too). All sides take turns in one process, on as many threads as this process may use, so
-that a machine that slows down slows all of them. `--check` compares losses, gradients and updates instead of times.
+JAX step is float32 unless `--dtype` says otherwise). *autocast*, on a GPU alone, is eager with channels last and
+bfloat16. All have the batch on the device. All sides take turns in one process, on as many threads as this process may
+use, so that a machine that slows down slows all of them; a side that fails is left out. Last comes the time that the
+FLOPs of the JAX step take at the rate of a large matmul, or its bytes at that of a large copy, whichever is more; with
+much of them in caches, as on a CPU, the step may take less. `--check` compares losses, gradients and updates, no times.
 """
 
 import argparse
 import contextlib
 import copy
+import math
 import os
 import statistics
 import time
@@ -25,136 +29,159 @@ import jax
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from common import (
+    CLASSES,
+    Program,
+    add_options,
+    describe_rates,
+    device_memory,
+    labeled_and_unlabeled,
+    machine_rates,
+    make_batch,
+    on_devices,
+    set_sizes,
+)
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from configs import base
 from sscl_jax import experiment, parallel
 
-CLASSES = 4
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SIDES = ("jax", "torch, eager", "torch, compiled")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", default="4+4", help="labelled + unlabelled images of a step")
+    parser.add_argument("--images", type=labeled_and_unlabeled, default="4+4", help="of a step")
     parser.add_argument("--size", type=int, default=128, help="rows and columns of a view")
-    parser.add_argument("--repeats", type=int, default=10)
+    add_options(parser)
     parser.add_argument("--eager", action="store_true", help="leave out the compiled form, whose first step takes long")
     parser.add_argument(
         "--processor", action="store_true", help="processor time, for a busy machine (on one core of it)"
     )
-    parser.add_argument("--memory", action="store_true", help="peak memory too, each side in a process of its own")
+    parser.add_argument("--memory", action="store_true", help="peak memory on a CPU too, each side in its own process")
     parser.add_argument("--check", action="store_true", help="compare results, not times")
     args = parser.parse_args()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.4")  # of a GPU: jax shares it, and asks at its first use
     if args.check:
         check()
         return
-    sizes = (*map(int, args.images.split("+")), args.size)
-    config = make_config(*sizes)
+    try:
+        config = make_config(args.images, args.size, args.dtype)
+    except ValueError as error:
+        parser.error(str(error))
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = True  # as peers have it
 
-    sides, memory = SIDES[:2] if args.eager else SIDES, {}
-    for side in sides if args.memory else ():  # while this process is small
+    gpu = DEVICE.type == "cuda"
+    sides = ["jax", "torch, eager", *["torch, autocast"] * gpu, *["torch, compiled"] * (not args.eager)]
+    memory: dict[str, float] = {}
+    for side in sides if args.memory and not gpu else ():  # while this process is small
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            memory[side] = process.submit(peak_memory, side, sizes, threads).result()
-    steps = {side: make_side(side, config) for side in sides}
+            memory[side] = process.submit(peak_memory, side, config, threads).result()
+    burst = args.burst or (10 if gpu else 1)  # one step alone would measure how fast a GPU can be called
     clock = time.process_time if args.processor else time.perf_counter
-    first = {side: seconds(clock, step) for side, step in steps.items()}
-    for step in steps.values():
-        step()
+    runs: dict[str, Callable[[int], Any]] = {}
     times: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(args.repeats):
-        for side, step in steps.items():
-            times[side].append(seconds(clock, step))
+    for turn in range(args.repeats + 2):  # the first compiles, the second does not count either
+        for side in list(times):
+            try:
+                if side not in runs:
+                    runs[side] = make_side(side, config)
+                if gpu:
+                    torch.cuda.reset_peak_memory_stats()
+                start = clock()
+                runs[side](burst if turn else 1)
+                times[side].append((clock() - start) / (burst if turn else 1))
+                if gpu:
+                    memory[side] = device_memory() if side == "jax" else torch.cuda.max_memory_allocated() / 2**30
+            except Exception as error:
+                reason = next((line for line in str(error).splitlines() if line.strip()), "")
+                print(f"{side} is left out: {type(error).__name__}: {reason[:200]}", flush=True)
+                del times[side]
 
-    device = jax.devices()[0].device_kind
-    print(f"{args.images} images of {args.size} x {args.size}, {CLASSES} classes, {device}, ", end="")
-    print(f"{threads} threads, jax {jax.__version__}, torch {torch.__version__}, {args.repeats} rounds")
-    print(f"{'':16}{'median':>9}{'least':>9}{'most':>9}{'first call':>12}{'memory':>10}   time to that of jax")
-    for side in sides:
-        ratios = [a / b for a, b in zip(times[side], times["jax"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        numbers = (statistics.median(times[side]), min(times[side]), max(times[side]))
-        print(f"{side:16}" + "".join(f"{1e3 * n:6.0f} ms" for n in numbers), end="")
-        print(f"{first[side]:10.1f} s" + (f"{memory[side]:6.2f} GiB" if memory else f"{'':10}"), end="")
-        print(f"   {middle:.2f} (quartiles {low:.2f} to {high:.2f})")
+    images = f"{args.images[0]} + {args.images[1]} images of {args.size} x {args.size}"
+    print(
+        f"{images}, {CLASSES} classes, {jax.devices()[0].device_kind}, {threads} threads, jax {jax.__version__}, ",
+        end="",
+    )
+    print(f"torch {torch.__version__}, {args.repeats} turns of {burst} steps")
+    print(f"jax in {args.dtype}; torch in float32" + (", but autocast and compiled in bfloat16" if gpu else ""))
+    if gpu:
+        exact = {True: "TF32", False: "float32"}
+        convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        print(f"float32: torch does convolutions in {exact[convolutions]}, matmuls in {exact[products]}, ", end="")
+        print(f"as it comes; jax does both in {jax.config.jax_default_matmul_precision or 'TF32, as it comes'}")
+    print(f"{'':16}{'median':>11}{'least':>11}{'most':>11}{'first call':>12}{'memory':>10}   time to that of jax")
+    for side, (first, _, *seconds) in times.items():
+        numbers = (statistics.median(seconds), min(seconds), max(seconds))
+        print(f"{side:16}" + "".join(f"{1e3 * n:8.2f} ms" for n in numbers) + f"{first:10.1f} s", end="")
+        print(f"{memory[side]:6.2f} GiB" if memory else f"{'':10}", end="")
+        if "jax" in times and len(seconds) > 1:
+            ratios = [a / b for a, b in zip(seconds, times["jax"][2:], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            print(f"   {middle:.2f} (quartiles {low:.2f} to {high:.2f})", end="")
+        print(flush=True)
+    if "jax" in times:
+        rates, copied = machine_rates(args.repeats, args.burst)
+        program, median = runs["jax"].program, statistics.median(times["jax"][2:])
+        arithmetic, traffic = program.flops / rates[args.dtype], program.bytes / copied
+        least = max(arithmetic, traffic)
+        print(describe_rates(rates, copied))
+        print(
+            f"the jax step is {program.flops / 1e9:.1f} GFLOP and {program.bytes / 1e9:.2f} GB, at these rates ", end=""
+        )
+        print(f"{1e3 * least:.2f} ms (arithmetic {1e3 * arithmetic:.2f}, memory {1e3 * traffic:.2f}): ", end="")
+        print(f"{100 * least / median:.0f} % of the time it takes")
 
 
-def make_config(labeled: int, unlabeled: int, size: int) -> ConfigDict:
+def make_config(images: tuple[int, int], size: int, dtype: str) -> ConfigDict:
     """The default method, at its defaults but for the sizes."""
     config = base.get_config().copy_and_resolve_references()
-    config.data.labeled_batch, config.data.unlabeled_batch = labeled, unlabeled
-    config.data.patch_size = (size, size)
-    config.augment.foreground = 0.0  # an image is as large as a view, so there is nothing to choose
+    config.model.dtype = dtype
+    set_sizes(config, images, size)
     return config
 
 
-def make_batch(config: ConfigDict) -> dict[str, dict[str, np.ndarray]]:
-    """Noise with discs of the classes 1, 2 and 3 in one another, as the step takes them."""
-    random = np.random.RandomState(0)
-    size = config.data.patch_size
-    rows, columns = np.ogrid[: size[0], : size[1]]
+class JaxSide:
+    """Takes steps of `sscl_jax` and waits for the last."""
 
-    def part(count):
-        centres = random.uniform(0.3, 0.7, (2, count, 1, 1)) * size[0]
-        radius = np.hypot(rows - centres[0], columns - centres[1]) / size[0]
-        label = np.select([radius < 0.08, radius < 0.14, radius < 0.25], [3, 2, 1], 0).astype(np.uint8)
-        image = (label + 0.5 * random.randn(*label.shape))[..., None].astype(np.float32)
-        extent = np.tile(np.float32(size), (count, 1))
-        return {"image": image, "label": label, "extent": extent, "depth": np.tile(np.float32([0, 1]), (count, 1))}
-
-    labeled, unlabeled = part(config.data.labeled_batch), part(config.data.unlabeled_batch)
-    del unlabeled["label"]
-    return {"labeled": labeled, "unlabeled": unlabeled}
-
-
-def make_side(side: str, config: ConfigDict) -> Callable[[], Any]:
-    """A function that takes one step and waits for it."""
-    batch = make_batch(config)
-    if side == "jax":
-        step, batch = experiment.make_step(config, CLASSES), parallel.shard(batch)
+    def __init__(self, config: ConfigDict):
         state = parallel.replicate(experiment.make_state(config, CLASSES, channels=1))
+        batch = on_devices(parallel.shard(make_batch(config)))
+        self.program = Program(experiment.make_step(config, CLASSES), state, batch)
 
-        def run():
-            nonlocal state
-            state, metrics = step(state, batch)
-            return jax.block_until_ready((state, metrics))[1]
+    def __call__(self, steps: int) -> None:
+        for _ in range(steps):
+            result = self.program()
+        jax.block_until_ready(result)
 
-        return run
 
-    torch_step = TorchStep(config, compiled=side == "torch, compiled")
+class TorchSide:
+    """Takes steps of PyTorch and waits for the last."""
 
-    def run_torch():
-        tensors = torch_batch(batch)
-        metrics = torch_step(*tensors)
+    def __init__(self, side: str, config: ConfigDict):
+        autocast = DEVICE.type == "cuda" and side != "torch, eager"
+        self.step, self.batch = TorchStep(config, side == "torch, compiled", autocast), torch_batch(make_batch(config))
+
+    def __call__(self, steps: int) -> None:
+        for _ in range(steps):
+            self.step(*self.batch)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
-        return metrics
-
-    return run_torch
 
 
-def seconds(clock: Callable[[], float], function: Callable[[], Any]) -> float:
-    start = clock()
-    function()
-    return clock() - start
+def make_side(side: str, config: ConfigDict) -> JaxSide | TorchSide:
+    return JaxSide(config) if side == "jax" else TorchSide(side, config)
 
 
-def peak_memory(side: str, sizes: tuple[int, int, int], threads: int) -> float:
-    """GiB that three steps take beyond what the libraries do; of the device, where it tells."""
+def peak_memory(side: str, config: ConfigDict, threads: int) -> float:
+    """GiB that three steps take on a CPU beyond what the libraries do."""
     torch.set_num_threads(threads)
     before = parallel.peak_memory()
-    step = make_side(side, make_config(*sizes))
-    for _ in range(3):
-        step()
-    if side != "jax" and DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    stats = jax.local_devices()[0].memory_stats() if side == "jax" else None
-    return stats["peak_bytes_in_use"] / 2**30 if stats else parallel.peak_memory() - before
+    make_side(side, config)(3)
+    return parallel.peak_memory() - before
 
 
 # The same step in PyTorch.
@@ -214,8 +241,8 @@ def segmentation_loss(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[T
     probs, weight = logits.softmax(1), weight[:, None]
     overlap = (weight * probs * reference).sum((0, 2, 3))
     total = (weight * (probs + reference)).sum((0, 2, 3))
-    held = (weight * reference).sum((0, 2, 3)) > 0
-    held[0] = True
+    background = torch.arange(CLASSES, device=logits.device) == 0  # `held[0] = True` would make a GPU wait
+    held = ((weight * reference).sum((0, 2, 3)) > 0) | background
     dice = 1 - (2 * overlap + 1) / (total + 1)
     return ce, (dice * held).sum() / held.sum()
 
@@ -248,7 +275,7 @@ def random_warp(image: Tensor, options: ConfigDict) -> Tensor:
     batch, _, rows, columns = image.shape
     uniform = torch.rand(3, batch, device=image.device)
     angle = torch.deg2rad((2 * uniform[0] - 1) * options.rotate)
-    low, high = np.log(options.scale)
+    low, high = map(math.log, options.scale)
     zoom = torch.exp(low + (high - low) * uniform[1])
     tangent = (2 * uniform[2] - 1) * options.shear
     cos, sin = angle.cos(), angle.sin()
@@ -257,14 +284,14 @@ def random_warp(image: Tensor, options: ConfigDict) -> Tensor:
     grid = F.affine_grid(theta, [batch, 1, rows, columns], align_corners=False)
     nodes = torch.randn(batch, 2, -(-rows // 32) + 1, -(-columns // 32) + 1, device=image.device)
     bend = F.interpolate(nodes, (rows, columns), mode="bicubic", align_corners=True) * options.elastic
-    return grid + bend.movedim(1, -1) * torch.tensor([2 / columns, 2 / rows], device=image.device)
+    return grid + torch.stack([bend[:, 0] * (2 / columns), bend[:, 1] * (2 / rows)], -1)
 
 
 def weak_intensity(image: Tensor, contrast: float, brightness: float, gamma: float) -> Tensor:
     """Contrast, gamma and brightness, drawn for each image."""
 
     def around_one(strength):
-        return ((2 * torch.rand(image.shape[0], 1, 1, 1, device=image.device) - 1) * np.log1p(strength)).exp()
+        return ((2 * torch.rand(image.shape[0], 1, 1, 1, device=image.device) - 1) * math.log1p(strength)).exp()
 
     low, high = image.amin((2, 3), True), image.amax((2, 3), True)
     span, mean = (high - low).clamp(min=1e-6), image.mean((2, 3), True)
@@ -298,23 +325,20 @@ def strong_intensity(image: Tensor, options: ConfigDict) -> Tensor:
 class TorchStep:
     """Student, teacher and optimiser, and a step of them: images and labels to metrics."""
 
-    def __init__(self, config: ConfigDict, compiled: bool):
-        self.config, self.compiled = config, compiled
-        self.autocast = compiled and DEVICE.type == "cuda"
-        self.student = TorchUNet(config.model.widths, config.contrast.level, config.model.projection_dim).to(DEVICE)
-        if compiled:
-            self.student.to(memory_format=torch.channels_last)
+    def __init__(self, config: ConfigDict, compiled: bool, autocast: bool):
+        self.config, self.compiled, self.autocast = config, compiled, autocast
+        self.memory_format = torch.channels_last if compiled or autocast else torch.contiguous_format
+        self.student = TorchUNet(config.model.widths, config.contrast.level, config.model.projection_dim)
+        self.student.to(DEVICE, memory_format=self.memory_format)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay,
             fused=compiled,
         )  # fmt: skip
         self.step = 0
-        self.random = np.random.default_rng(0)
         if compiled:
-            self.views = torch.compile(self.views)
-            self.teach = torch.compile(self.teach)
-            self.loss = torch.compile(self.loss)
+            for name in ("views", "teach", "mix", "loss"):
+                setattr(self, name, torch.compile(getattr(self, name)))
 
     def __call__(self, image: Tensor, labels: Tensor) -> dict[str, Tensor]:
         config = self.config
@@ -364,14 +388,17 @@ class TorchStep:
         """CutMix in pairs of unlabelled images."""
         number, options = self.config.data.labeled_batch, self.config.augment
         count, _, rows, columns = probs.shape
-        box = torch.zeros(count, rows, columns, dtype=torch.bool, device=probs.device)
         low, high = options.cutmix_area
-        for one in box:
-            if self.random.random() < options.cutmix_probability:
-                side = np.sqrt(self.random.uniform(low, high))
-                height, width = int(side * rows), int(side * columns)
-                top, left = self.random.integers(rows - height + 1), self.random.integers(columns - width + 1)
-                one[top : top + height, left : left + width] = True
+        uniform = torch.rand(4, count, 1, device=probs.device)
+        side = (low + (high - low) * uniform[0]).sqrt()
+
+        def span(size, place):
+            length, pixels = (side * size).floor(), torch.arange(size, device=probs.device)
+            start = (place * (size - length + 1)).floor()
+            return (pixels >= start) & (pixels < start + length)
+
+        box = span(rows, uniform[1])[:, :, None] & span(columns, uniform[2])[:, None]
+        box = box & (uniform[3] < options.cutmix_probability)[:, None]
         partner = torch.arange(count, device=probs.device) ^ 1
         mixed = [
             torch.where(box.view(count, *(1,) * (x.ndim - 3), rows, columns), x[partner], x)
@@ -417,7 +444,7 @@ class TorchStep:
             old.lerp_(new, 1 - decay)
 
     def layout(self, image: Tensor) -> Tensor:
-        return image.contiguous(memory_format=torch.channels_last) if self.compiled else image.contiguous()
+        return image.contiguous(memory_format=self.memory_format)
 
     def precision(self):
         return torch.autocast(DEVICE.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
@@ -468,7 +495,7 @@ def load_parameters(network: TorchUNet, params: dict[str, Any], corners: Callabl
 
 def check() -> None:
     """One step of both sides from the same weights, with still views and all pixels drawn: equal to rounding."""
-    config = make_config(2, 4, 32)
+    config = make_config((2, 4), 32, "float32")
     for name in ("rotate", "shear", "elastic", "spread", "weak_contrast", "weak_brightness", "weak_gamma", "contrast",
                  "brightness", "gamma", "bias", "noise", "blur", "cutmix_probability"):  # fmt: skip
         config.augment[name] = 0.0
@@ -498,8 +525,8 @@ def check() -> None:
     means = {name: float(total) / float(count) for name, (total, count) in metrics.items()}
 
     for compiled in (False, True):
-        other = TorchStep(config, compiled)
-        other.step, other.autocast = 10, False
+        other = TorchStep(config, compiled, autocast=False)
+        other.step = 10
         more = load_parameters(other.student, student)
         assert more == 3 * sum(config.model.widths[:-1]) == load_parameters(other.teacher, teacher)
         image, labels = torch_batch(batch)
