@@ -41,6 +41,8 @@ setup(
         "h5": ["h5py>=3.16.0"],
         "dicom": ["SimpleITK>=2.5.7"],
         "nrrd": ["SimpleITK>=2.5.7"],
+        # Preparing on several machines. Holds numpy below 2.5 and protobuf below 7.
+        "beam": ["apache-beam>=2.77.0"],
         # Export to ONNX, and a runtime to try it.
         "onnx": ["jax2onnx>=0.13.0", "onnxruntime>=1.32.0"],
         # PyTorch, to compare the speed with: benchmarks/torch_step.py.

@@ -22,6 +22,7 @@ from data_prep import common
 from sscl_jax import cli
 from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset
 from sscl_jax.data.recipe import Recipe
+from sscl_jax.data.workers import Workers
 
 CLASSES = ("background", "right ventricle", "myocardium", "left ventricle")
 LABEL_VALUES = (0, 1, 2, 3)
@@ -29,7 +30,12 @@ PACKAGED_SPLITS = Path(__file__).parent / "splits" / "acdc.json"
 
 
 def prepare(
-    input_dir: Path, output: Path, splits: Path | None = None, spacing: float = 1.5, skip_bad: bool = False
+    input_dir: Path,
+    output: Path,
+    splits: Path | None = None,
+    spacing: float = 1.5,
+    skip_bad: bool = False,
+    workers: Workers = 0,
 ) -> PreparedDataset:
     """Checks the files of an ACDC folder, writes the prepared dataset, prints what it did.
 
@@ -39,6 +45,7 @@ def prepare(
       splits: split file; None = `splits.json` in `input_dir` if there, else the packaged one.
       spacing: of rows and columns, mm; slices stay as they are.
       skip_bad: go on without the cases that have a fault.
+      workers: who does it; see `sscl_jax.data.workers`.
 
     Raises:
       ValueError, FileNotFoundError: the files or the splits do not fit.
@@ -64,7 +71,7 @@ def prepare(
         label_values=LABEL_VALUES,
         class_names=CLASSES,
     )
-    return common.build(output, sources, recipe, patients, name, problems, skip_bad)
+    return common.build(output, sources, recipe, patients, name, problems, skip_bad, workers)
 
 
 def find_patients(input_dir: Path) -> dict[str, Path]:

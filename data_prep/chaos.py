@@ -35,6 +35,7 @@ from sscl_jax import cli
 from sscl_jax.data import formats, nifti
 from sscl_jax.data.prepared import CaseSource, PreparedDataset
 from sscl_jax.data.recipe import Recipe
+from sscl_jax.data.workers import Workers
 
 MR_CLASSES = {0: "background", 63: "liver", 126: "right kidney", 189: "left kidney", 252: "spleen"}
 MR_RANGES = ((0, 0), (55, 70), (110, 135), (175, 200), (240, 255))  # of grey values, ends included
@@ -60,6 +61,7 @@ def prepare(
     spacing: float = 1.5,
     window: tuple[float, float] = (-160.0, 240.0),
     skip_bad: bool = False,
+    workers: Workers = 0,
 ) -> PreparedDataset:
     """Checks the files of CHAOS, writes the prepared dataset, prints what it did.
 
@@ -72,6 +74,7 @@ def prepare(
       spacing: of rows and columns, mm; slices stay as they are.
       window: HU, for "ct".
       skip_bad: go on without the cases that have a fault.
+      workers: who does it; see `sscl_jax.data.workers`.
 
     Raises:
       ValueError, FileNotFoundError: the files or the splits do not fit.
@@ -91,7 +94,7 @@ def prepare(
         label_values=tuple(CLASSES[modality]),
         class_names=tuple(CLASSES[modality].values()),
     )
-    return common.build(output, sources, recipe, patients, f"chaos_{modality}", problems, skip_bad)
+    return common.build(output, sources, recipe, patients, f"chaos_{modality}", problems, skip_bad, workers)
 
 
 def list_sources(input_dir: Path, modality: str) -> tuple[list[CaseSource], list[str]]:

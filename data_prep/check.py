@@ -26,7 +26,8 @@ from data_prep.common import CaseFacts
 from data_prep.folder import Scan
 from sscl_jax import cli
 from sscl_jax.data import formats
-from sscl_jax.data.prepared import SPLITS, Case, CaseSource, PreparedDataset, map_ahead, open_prepared
+from sscl_jax.data.prepared import SPLITS, Case, CaseSource, PreparedDataset, open_prepared
+from sscl_jax.data.workers import map_ahead
 
 
 class Findings(NamedTuple):

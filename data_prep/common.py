@@ -1,13 +1,15 @@
 """What the preparers share: splits, the check of all files, the summary, errors on one line."""
 
 import argparse
+import functools
 import hashlib
 import json
+import shlex
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import nibabel
@@ -15,15 +17,17 @@ import numpy as np
 from tqdm import tqdm
 
 from sscl_jax import cli
-from sscl_jax.data import formats, nifti
+from sscl_jax.data import formats, kept, nifti
 from sscl_jax.data.prepared import (
     SPLITS,
     CaseSource,
     PreparedDataset,
-    map_ahead,
+    file_digests,
+    package_version,
     write_prepared,
 )
 from sscl_jax.data.recipe import Recipe
+from sscl_jax.data.workers import Workers, map_ahead, spread
 
 NIFTI = (".nii.gz", ".nii")
 AFFINE_TOLERANCE = 1e-3  # relative to the voxel size: what float32 headers lose by rounding
@@ -76,7 +80,7 @@ def run(main: Callable[[list[str] | None], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("stopped; nothing was left behind", file=sys.stderr)
+        print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
 
 
@@ -312,11 +316,25 @@ def _anatomical_spacing(affine: np.ndarray) -> tuple[float, float, float]:
     return left_right, front_back, foot_head
 
 
-def examine(sources: Sequence[CaseSource], label_values: Sequence[int] | None) -> list[CaseFacts]:
-    """Checks all cases, in parallel; that all images have as many channels, and that none comes twice."""
-    checked = map_ahead(lambda source: check_case(source, label_values), sources)
+def examine(
+    sources: Sequence[CaseSource],
+    label_values: Sequence[int] | None,
+    folder: Path | None = None,
+    workers: Workers = 0,
+) -> list[CaseFacts]:
+    """Checks all cases, in parallel; that all images have as many channels, and that none comes twice.
+
+    Args:
+      sources: the cases.
+      label_values: values that masks may hold; None = any.
+      folder: where what was learnt of a case is kept, and taken from if its files are as they were; None = nowhere.
+      workers: see `sscl_jax.data.workers`; those of a pipeline need a `folder`.
+    """
+    cases = [(source, label_values, folder) for source in sources]
+    spread(_facts, cases, workers)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", SHEARED)
+        checked = map_ahead(_facts, cases, workers)
         facts = list(tqdm(checked, "checking", len(sources), unit=" cases", disable=None))
     usual = Counter(fact.channels for fact in facts if fact.channels).most_common(1)
     for number, (source, fact) in enumerate(zip(sources, facts, strict=True)):
@@ -327,6 +345,24 @@ def examine(sources: Sequence[CaseSource], label_values: Sequence[int] | None) -
             )
             facts[number] = replace(fact, problems=[*fact.problems, line])
     _warn_of_doubles(sources, facts)
+    return facts
+
+
+def _facts(case: tuple[CaseSource, Sequence[int] | None, Path | None]) -> CaseFacts:
+    source, label_values, folder = case
+    try:
+        path = folder and folder / f"{kept.digest(source, file_digests(source), label_values, package_version())}.json"
+    except OSError:
+        path = None  # the check tells which file it is, and why
+    if path is None:
+        return check_case(source, label_values)
+    try:
+        told = json.loads(path.read_text())
+        spacing = told["spacing"] and tuple(told["spacing"])
+        return CaseFacts(**{**told, "values": frozenset(told["values"]), "spacing": spacing})
+    except (OSError, ValueError, TypeError, KeyError):  # not there, or not whole
+        facts = check_case(source, label_values)
+    kept.write(path, lambda file: file.write(json.dumps(asdict(facts), default=sorted).encode()))
     return facts
 
 
@@ -358,6 +394,8 @@ def check_cases(
     label_values: Sequence[int] | None = None,
     problems: Sequence[str] = (),
     skip_bad: bool = False,
+    output: Path | None = None,
+    workers: Workers = 0,
 ) -> tuple[list[CaseSource], list[CaseFacts], list[str]]:
     """Checks all cases, and raises all that is wrong with them at once.
 
@@ -366,6 +404,8 @@ def check_cases(
       label_values: values that masks may hold; None = any.
       problems: findings made before, to be told in the same list.
       skip_bad: print the findings and leave out the cases that have any, instead of raising them.
+      output: the dataset to be; what is learnt is kept beside it, for when this is done again. None = it is not.
+      workers: see `examine`.
 
     Returns:
       The cases that are good, what was learnt of each, and the findings about the others.
@@ -373,7 +413,7 @@ def check_cases(
     Raises:
       Problems: anything was found, and not `skip_bad`, or no case is good.
     """
-    facts = examine(sources, label_values)
+    facts = examine(sources, label_values, output and kept.folder_beside(output), workers)
     for line in (line for fact in facts for line in fact.warnings):
         print(f"warning: {line}")
     found = [*problems, *(line for fact in facts for line in fact.problems)]
@@ -395,6 +435,7 @@ def build(
     name: str,
     problems: Sequence[str] = (),
     skip_bad: bool = False,
+    workers: Workers = 0,
 ) -> PreparedDataset:
     """Checks all files, writes the prepared dataset, and prints its summary.
 
@@ -406,26 +447,49 @@ def build(
       name: of the dataset.
       problems: findings made before.
       skip_bad: see `check_cases`.
+      workers: who does it; see `sscl_jax.data.workers`.
 
     Raises:
       Problems: see `check_cases`.
       ValueError: see `write_prepared`.
     """
     sources = put_into_splits(sources, patients)
-    good, _, found = check_cases(sources, recipe.label_values, problems, skip_bad)
-    dataset = write_prepared(output, good, recipe, patients, name, found)
+    good, _, found = check_cases(sources, recipe.label_values, problems, skip_bad, output, workers)
+    dataset = write_prepared(output, good, recipe, patients, name, found, workers)
     print(summary(dataset))
     return dataset
 
 
 def make_parser(module: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser with what every preparer takes: --input, --output, --splits and --skip_bad."""
+    """A parser with what every preparer takes: --input, --output, --splits, --skip_bad and those of `add_workers`."""
     parser = cli.make_parser(f"data_prep.{module}", description)
     parser.add_argument("--input", type=Path, required=True, dest="input_dir", metavar="DIR", help="see above")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--splits", type=Path, metavar="FILE", help="JSON file with train, val and test patients")
     parser.add_argument("--skip_bad", action="store_true", help="go on without the cases that have a fault")
+    add_workers(parser)
     return parser
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Adds --processes and --beam_options, of which one can be given: the `workers` of `sscl_jax.data.workers`."""
+    group = parser.add_mutually_exclusive_group()
+    add = functools.partial(group.add_argument, dest="workers", default=0)
+    add(
+        "--processes",
+        type=process_count,
+        metavar="N",
+        help="that read and preprocess (default: threads of one, up to 8)",
+    )
+    text = "in quotes, of an Apache Beam pipeline that does so, as in --beam_options='--runner=FlinkRunner ...'"
+    add("--beam_options", type=shlex.split, metavar="OPTIONS", help=text)
+
+
+def process_count(text: str) -> int:
+    """A whole number, not negative."""
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
 
 
 def class_rows(

@@ -39,6 +39,7 @@ from sscl_jax import cli
 from sscl_jax.data import formats
 from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset, write_prepared
 from sscl_jax.data.recipe import Recipe
+from sscl_jax.data.workers import Workers
 
 CSV_COLUMNS = ("image", "label", "patient", "split")
 UNREAD = (".img", ".hdr", ".mgz", ".mgh", ".npy", ".npz", *formats.H5, *formats.DICOM)
@@ -86,6 +87,7 @@ def prepare(
     name: str | None = None,
     channels: bool = False,
     skip_bad: bool = False,
+    workers: Workers = 0,
 ) -> PreparedDataset:
     """Checks all files, writes the prepared dataset, prints what it did.
 
@@ -107,6 +109,7 @@ def prepare(
       name: of the dataset; None = that of the input.
       channels: the fourth axis of an image holds its channels.
       skip_bad: go on without the cases that have a fault.
+      workers: who does it; see `sscl_jax.data.workers`.
 
     Raises:
       ValueError, FileNotFoundError: the files or the options do not fit.
@@ -139,7 +142,9 @@ def prepare(
     else:
         patients, wrong = draw_splits(sources, val_fraction, test_fraction, seed)
     sources = common.put_into_splits(sources, patients)
-    sources, facts, skipped = common.check_cases(sources, label_values, problems + wrong, skip_bad and not wrong)
+    sources, facts, skipped = common.check_cases(
+        sources, label_values, problems + wrong, skip_bad and not wrong, output, workers
+    )
     if label_values is None:
         label_values = sorted({0}.union(*(fact.values for fact in facts)))
         if len(label_values) < 2:
@@ -158,7 +163,7 @@ def prepare(
         class_names=tuple(class_names or ["background", *(f"label {value}" for value in list(label_values)[1:])]),
     )
     name = name or Path(listing).resolve().stem
-    dataset = write_prepared(output, sources, recipe, patients, name, skipped)
+    dataset = write_prepared(output, sources, recipe, patients, name, skipped, workers)
     print(common.summary(dataset))
     return dataset
 
@@ -562,6 +567,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--name", help="of the dataset (default: that of the input)")
     add("--channels", action="store_true", help="the fourth axis of an image holds its channels")
     add("--skip_bad", action="store_true", help="go on without the cases that have a fault")
+    common.add_workers(parser)
     args = vars(cli.parse(parser, argv))
     prepare(args.pop("output"), **args)
 

@@ -31,6 +31,7 @@ from sscl_jax import cli
 from sscl_jax.data import formats
 from sscl_jax.data.prepared import CaseSource, PreparedDataset
 from sscl_jax.data.recipe import Recipe
+from sscl_jax.data.workers import Workers
 
 IMAGES = {"h5": "mri_norm2.h5", "nrrd": "lgemri.nrrd"}
 NRRD_LABEL = "laendo.nrrd"
@@ -48,6 +49,7 @@ def prepare(
     spacing_of_files: float | None = None,
     spacing: float = DOCUMENTED_SPACING,
     skip_bad: bool = False,
+    workers: Workers = 0,
 ) -> PreparedDataset:
     """Checks the files of the challenge, writes the prepared dataset, prints what it did.
 
@@ -59,6 +61,7 @@ def prepare(
       spacing_of_files: voxel size in the h5 files, mm; None = what the challenge documents.
       spacing: of the prepared voxels along each axis, mm.
       skip_bad: go on without the cases that have a fault.
+      workers: who does it; see `sscl_jax.data.workers`.
 
     Raises:
       ValueError, FileNotFoundError: the files, the options or the splits do not fit.
@@ -81,7 +84,7 @@ def prepare(
         label_values=tuple(CLASSES[form]),
         class_names=tuple(CLASSES[form].values()),
     )
-    return common.build(output, sources, recipe, patients, "la2018", problems, skip_bad)
+    return common.build(output, sources, recipe, patients, "la2018", problems, skip_bad, workers)
 
 
 def find_form(input_dir: Path) -> str:

@@ -29,6 +29,7 @@ from sscl_jax import cli
 from sscl_jax.data import formats, nifti
 from sscl_jax.data.prepared import CaseSource, PreparedDataset
 from sscl_jax.data.recipe import Recipe
+from sscl_jax.data.workers import Workers
 
 CLASSES = {
     0: "background",
@@ -58,6 +59,7 @@ def prepare(
     spacing: float = 1.5,
     no_test_images: bool = False,
     skip_bad: bool = False,
+    workers: Workers = 0,
 ) -> PreparedDataset:
     """Checks the files of one modality, writes the prepared dataset, prints what it did.
 
@@ -73,6 +75,7 @@ def prepare(
       spacing: of all three axes, mm.
       no_test_images: leave out the images of ct_test/ or mr_test/.
       skip_bad: go on without the cases that have a fault.
+      workers: who does it; see `sscl_jax.data.workers`.
 
     Raises:
       ValueError, FileNotFoundError: the files or the options do not fit.
@@ -88,7 +91,7 @@ def prepare(
         label_values=tuple(CLASSES),
         class_names=tuple(CLASSES.values()),
     )
-    return common.build(output, sources, recipe, patients, f"mmwhs_{modality}", problems + more, skip_bad)
+    return common.build(output, sources, recipe, patients, f"mmwhs_{modality}", problems + more, skip_bad, workers)
 
 
 def list_sources(input_dir: Path, modality: str, no_test_images: bool = False) -> tuple[list[CaseSource], list[str]]:

@@ -37,6 +37,7 @@ from sscl_jax import cli
 from sscl_jax.data import formats, nifti
 from sscl_jax.data.prepared import CaseSource, PreparedDataset, write_prepared
 from sscl_jax.data.recipe import Recipe
+from sscl_jax.data.workers import Workers
 
 
 def prepare(
@@ -54,6 +55,7 @@ def prepare(
     orientation: str | None = None,
     no_test_images: bool = False,
     skip_bad: bool = False,
+    workers: Workers = 0,
 ) -> PreparedDataset:
     """Checks the files of a task, writes the prepared dataset, prints what it did.
 
@@ -71,6 +73,7 @@ def prepare(
       orientation: axis codes of slices, rows and columns; None = by the voxels' shape.
       no_test_images: leave out the images of `test`.
       skip_bad: go on without the cases that have a fault.
+      workers: who does it; see `sscl_jax.data.workers`.
 
     Raises:
       ValueError, FileNotFoundError: the files or the options do not fit.
@@ -95,7 +98,7 @@ def prepare(
     problems += more if sources else []
     sources = common.put_into_splits(sources, patients)
     values = sorted(names) if names else None
-    sources, facts, skipped = common.check_cases(sources, values, problems, skip_bad and not fatal)
+    sources, facts, skipped = common.check_cases(sources, values, problems, skip_bad and not fatal, output, workers)
     if not names:
         names = {value: f"label {value}" for value in sorted(set().union(*(fact.values for fact in facts)) - {0})}
         names = {0: "background", **names}
@@ -108,7 +111,7 @@ def prepare(
         label_values=tuple(sorted(names)),
         class_names=tuple(names[value] for value in sorted(names)),
     )
-    dataset = write_prepared(output, sources, recipe, patients, input_dir.resolve().name, skipped)
+    dataset = write_prepared(output, sources, recipe, patients, input_dir.resolve().name, skipped, workers)
     print(common.summary(dataset))
     return dataset
 

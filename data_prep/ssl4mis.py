@@ -33,6 +33,7 @@ from sscl_jax import cli
 from sscl_jax.data import formats, nifti
 from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset
 from sscl_jax.data.recipe import Recipe
+from sscl_jax.data.workers import Workers
 
 LISTS = {"train": ("train_slices.list", "train.list"), "val": ("val.list",), "test": ("test.list",)}
 
@@ -76,6 +77,7 @@ def prepare(
     axes: str = "SPL",
     class_names: Sequence[str] = CLASSES,
     skip_bad: bool = False,
+    workers: Workers = 0,
 ) -> PreparedDataset:
     """Checks the files of such a folder, writes the prepared dataset, prints what it did.
 
@@ -87,6 +89,7 @@ def prepare(
       axes: where slices, rows and columns of the files run to.
       class_names: of the label values 0, 1, ...
       skip_bad: go on without the cases that have a fault.
+      workers: who does it; see `sscl_jax.data.workers`.
 
     Raises:
       ValueError, FileNotFoundError: the files, the options or the splits do not fit.
@@ -108,7 +111,7 @@ def prepare(
         label_values=tuple(range(len(class_names))),
         class_names=tuple(class_names),
     )
-    return common.build(output, sources, recipe, patients, input_dir.resolve().name, problems, skip_bad)
+    return common.build(output, sources, recipe, patients, input_dir.resolve().name, problems, skip_bad, workers)
 
 
 def list_sources(input_dir: Path, spacing: Sequence[float], axes: str = "SPL") -> tuple[list[CaseSource], list[str]]:
@@ -199,11 +202,13 @@ def case_of(name: str, files: Files, spacing: Sequence[float], axes: str) -> Cas
     paths = tuple(files.slices[number] for number in sorted(files.slices))
     label = next((path for path in paths if formats.h5_has(path, "label")), None)
     affine = formats.axes_affine(spacing, axes)
+    read = partial(read_labels, paths=paths, affine=affine)
+    return SliceStack(name, patient_of(name), "all", paths, label, read_label=read, affine=affine)
 
-    def read_labels(path: Path) -> tuple[np.ndarray, np.ndarray]:
-        return nifti.check_label(path, stack(paths, "label")), affine
 
-    return SliceStack(name, patient_of(name), "all", paths, label, read_label=read_labels, affine=affine)
+def read_labels(path: Path, paths: Sequence[Path], affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Reads the masks of the slices `paths`, an error is that of `path`: (Z, Y, X), and `affine`."""
+    return nifti.check_label(path, stack(paths, "label")), affine
 
 
 def stack(paths: Sequence[Path], key: str) -> np.ndarray:

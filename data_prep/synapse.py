@@ -29,6 +29,7 @@ from sscl_jax import cli
 from sscl_jax.data import nifti
 from sscl_jax.data.prepared import CaseSource, PreparedDataset
 from sscl_jax.data.recipe import Recipe
+from sscl_jax.data.workers import Workers
 
 ORGANS = {
     0: "background",
@@ -61,6 +62,7 @@ def prepare(
     spacing: float = 1.5,
     no_test_images: bool = False,
     skip_bad: bool = False,
+    workers: Workers = 0,
 ) -> PreparedDataset:
     """Checks the files, writes the prepared dataset, prints what it did.
 
@@ -73,6 +75,7 @@ def prepare(
       spacing: of rows and columns, mm; slices stay as they are.
       no_test_images: leave out the images of Testing.
       skip_bad: go on without the cases that have a fault.
+      workers: who does it; see `sscl_jax.data.workers`.
 
     Raises:
       ValueError, FileNotFoundError: the files or the splits do not fit.
@@ -88,7 +91,7 @@ def prepare(
         label_values=values,
         class_names=tuple(ORGANS[value] for value in values),
     )
-    return common.build(output, sources, recipe, patients, "synapse", problems + more, skip_bad)
+    return common.build(output, sources, recipe, patients, "synapse", problems + more, skip_bad, workers)
 
 
 def list_sources(

@@ -1,3 +1,4 @@
+import functools
 import importlib.util
 import itertools
 import json
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from sscl_jax.data import prepared
+from sscl_jax.data import builder, formats, kept, prepared, workers
 from sscl_jax.data import recipe as recipes
 from sscl_jax.data.prepared import CaseSource, open_prepared, write_prepared
 from sscl_jax.data.recipe import Recipe
@@ -191,7 +193,7 @@ def test_other_input_in_the_same_output_is_refused(dataset, sources, tmp_path):
     assert (tmp_path / "foreign" / "thesis.txt").exists()
 
 
-def test_failure_half_way_leaves_nothing(tmp_path, sources, monkeypatch):
+def test_failure_half_way_keeps_what_is_done_out_of_sight(tmp_path, sources, monkeypatch):
     original, calls = prepared._prepare_case, itertools.count()
 
     def fail_late(source, recipe):
@@ -202,23 +204,31 @@ def test_failure_half_way_leaves_nothing(tmp_path, sources, monkeypatch):
     monkeypatch.setattr(prepared, "_prepare_case", fail_late)
     with pytest.raises(KeyboardInterrupt):
         write_prepared(tmp_path / "out", sources, RECIPE, PATIENTS, "toy")
-    assert [path.name for path in tmp_path.iterdir()] == ["files"]
-    with pytest.raises(FileNotFoundError, match="nothing was prepared there"):
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial-cases", "files"]
+    with pytest.raises(FileNotFoundError, match="half-way"):
         open_prepared(tmp_path / "out")
     monkeypatch.undo()
     assert len(write_prepared(tmp_path / "out", sources, RECIPE, PATIENTS, "toy").cases) == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "out"]
 
 
-def test_killed_process_leaves_no_half_that_passes_for_whole(tmp_path, sources):
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def killed(tmp_path, sources):
+    """Folder that a preparation was to make which was killed when 5 of 6 cases were done."""
     script = f"""
-import os, sys
+import os, sys, time
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
 import test_prepared as t
 from pathlib import Path
-t.prepared.PreparedDataset  # imported
 original = t.prepared._prepare_case
 def die(source, recipe):
     if source.case_id == "p2_f0":
+        while len(list(Path({str(tmp_path)!r}).glob(".out.partial-cases/*.npz"))) < 5:
+            time.sleep(0.01)
         os._exit(9)
     return original(source, recipe)
 t.prepared._prepare_case = die
@@ -226,11 +236,133 @@ sources = t.make_files(Path({str(tmp_path / "files")!r}))
 t.write_prepared(Path({str(tmp_path / "out")!r}), sources, t.RECIPE, t.PATIENTS, "toy")
 """
     assert subprocess.run([sys.executable, "-c", script]).returncode == 9
-    assert list(tmp_path.glob(".out.partial-*"))
+    assert list(tmp_path.glob(".out.partial-*-*-*"))
     with pytest.raises(FileNotFoundError, match="half-way"):
         open_prepared(tmp_path / "out")
-    assert len(write_prepared(tmp_path / "out", sources, RECIPE, PATIENTS, "toy").cases) == 6
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Names of the cases that are prepared in this process from here on."""
+    names, original = [], prepared._prepare_case
+
+    def listed(source, recipe):
+        names.append(source.case_id)
+        return original(source, recipe)
+
+    monkeypatch.setattr(prepared, "_prepare_case", listed)
+    return names
+
+
+def test_killed_process_leaves_no_half_that_passes_for_whole(killed, tmp_path, sources, made, capsys):
+    write_prepared(killed, sources, RECIPE, PATIENTS, "toy")
+    assert made == ["p2_f0"]
+    assert "5 of 6 cases were prepared before, and are taken" in capsys.readouterr().out
     assert not list(tmp_path.glob(".out.partial-*"))  # what the killed one left is gone
+    write_prepared(tmp_path / "undisturbed", sources, RECIPE, PATIENTS, "toy")
+    assert files_of(killed) == files_of(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("change", ["image", "label", "recipe", "names", "reader", "truncated", "flipped"])
+def test_cases_that_changed_after_the_kill_are_made_again(killed, tmp_path, sources, made, change):
+    recipe, expected = RECIPE, {"p2_f0", "p3_f1"}
+    at = next(n for n, source in enumerate(sources) if source.case_id == "p3_f1")
+    if change == "image":
+        write_nifti(sources[at].image_paths[0], np.arange(14 * 10 * 4, dtype="f4").reshape(14, 10, 4))
+    elif change == "label":
+        write_nifti(sources[at].label_path, np.full((14, 10, 4), 20, "u1"))
+    elif change == "recipe":
+        recipe = replace(RECIPE, spacing=(None, 2.0, 2.0))
+        expected = {source.case_id for source in sources}
+    elif change == "names":
+        sources[at] = replace(sources[at], case_id="p3_f9")
+        expected = {"p2_f0", "p3_f9"}
+    elif change == "reader":
+        sources[at] = replace(sources[at], read_image=functools.partial(formats.read_image, channels=True))
+    else:
+        file = max(killed.parent.glob(".out.partial-cases/*.npz"), key=_is_of_p3_f1)
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content if change == "flipped" else content[:-7])
+    write_prepared(killed, sources, recipe, PATIENTS, "toy")
+    assert set(made) == expected
+    assert not list(tmp_path.glob(".out.partial-*"))
+    write_prepared(tmp_path / "undisturbed", sources, recipe, PATIENTS, "toy")
+    assert files_of(killed) == files_of(tmp_path / "undisturbed")
+
+
+def _is_of_p3_f1(path):
+    with np.load(path) as case:
+        return case["case_id"] == "p3_f1"
+
+
+def test_preparations_of_one_output_at_the_same_time_all_succeed(tmp_path, sources):
+    with ProcessPoolExecutor(3, mp_context=_spawn()) as pool:
+        jobs = [pool.submit(write_prepared, tmp_path / "out", sources, RECIPE, PATIENTS, "toy") for _ in range(3)]
+        fingerprints = {job.result().fingerprint for job in jobs}
+    assert len(fingerprints) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "out"]
+    write_prepared(tmp_path / "alone", sources, RECIPE, PATIENTS, "toy")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "alone")
+
+
+def test_one_that_ends_leaves_alone_what_another_is_at_work_with(tmp_path):
+    folder = kept.folder_beside(tmp_path / "out")
+    with kept.removed_when_done(folder):
+        with kept.removed_when_done(folder):
+            kept.write_arrays(folder / "a.npz", {"a": np.arange(3)})
+        assert kept.is_whole(folder / "a.npz")
+    assert not folder.exists()
+
+
+def test_a_shard_ends_after_its_number_of_cases(tmp_path, sources, dataset, monkeypatch):
+    monkeypatch.setattr(builder, "CASES_PER_SHARD", 3)
+    write_prepared(tmp_path / "shards", sources, RECIPE, PATIENTS, "toy")
+    names = sorted(path.name for path in (tmp_path / "shards").glob("*.array_record*"))
+    assert names == [f"cases-train.array_record-0000{n}-of-00002" for n in (0, 1)] + [
+        "cases-val.array_record-00000-of-00001"
+    ]
+    assert files_of(tmp_path / "shards" / "cache") == files_of(dataset.path / "cache")
+
+
+def test_processes_make_what_threads_make(tmp_path, sources, dataset, made):
+    write_prepared(tmp_path / "processes", sources, RECIPE, PATIENTS, "toy", workers=2)
+    assert made == []  # here, that is
+    assert files_of(tmp_path / "processes") == files_of(dataset.path)
+
+
+def test_a_process_that_is_killed_is_one_line():
+    with pytest.raises(OSError, match="was killed.*fewer --processes"):
+        list(workers.map_ahead(os._exit, [9], 1))
+
+
+def test_a_beam_pipeline_makes_what_threads_make(tmp_path, sources, dataset, made, monkeypatch):
+    pytest.importorskip("apache_beam", reason="Apache Beam is not installed: pip install '.[beam]'")
+    monkeypatch.setattr(prepared, "map_ahead", lambda function, items, *_: _made_already(function, items, made))
+    write_prepared(tmp_path / "beam", sources, RECIPE, PATIENTS, "toy", workers=["--runner=DirectRunner"])
+    assert files_of(tmp_path / "beam") == files_of(dataset.path)
+    assert not list(tmp_path.glob(".beam*"))
+
+
+def _made_already(function, items, made):
+    made.clear()
+    for item in items:
+        yield function(item)
+    assert made == []  # by the pipeline
+
+
+def test_what_a_beam_worker_fails_at_is_told_in_one_line(tmp_path, sources):
+    pytest.importorskip("apache_beam", reason="Apache Beam is not installed: pip install '.[beam]'")
+    write_nifti(sources[3].label_path, np.full((13, 10, 4), 30, "u1"))
+    with pytest.raises(ValueError, match=r"^\S*p2_f1_gt.nii.gz: .*30"):
+        write_prepared(tmp_path / "out", sources, RECIPE, PATIENTS, "toy", workers=["--runner=DirectRunner"])
+
+
+def test_without_beam_the_error_says_what_to_install(tmp_path, sources, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    with pytest.raises(ValueError, match=r"--beam_options needs Apache Beam.*pip install 'sscl_jax\[beam\]'"):
+        write_prepared(tmp_path / "out", sources, RECIPE, PATIENTS, "toy", workers=["--runner=DirectRunner"])
 
 
 @pytest.mark.parametrize(

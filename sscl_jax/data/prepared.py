@@ -30,27 +30,23 @@ import shutil
 import socket
 import tempfile
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from sscl_jax.data import formats, nifti
+from sscl_jax.data import formats, kept, nifti
 from sscl_jax.data import recipe as recipes
 from sscl_jax.data.recipe import Grid, Recipe
+from sscl_jax.data.workers import Workers, map_ahead, spread
 
 SPLITS = ("train", "val", "test")
 FORMAT = 1  # raised when an older prepared folder can no longer be read
-CASES_PER_SHARD = 64
 CACHE_FILES = {"images.f32": 4, "labels.u8": 1, "native_labels.u8": 1}  # bytes per value
-
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True)
@@ -201,11 +197,13 @@ def write_prepared(
     patients: dict[str, list[str]],
     source_name: str,
     skipped: Sequence[str] = (),
+    workers: Workers = 0,
 ) -> PreparedDataset:
     """Reads and preprocesses the cases of `sources` and writes them to the folder `output`.
 
     The folder appears under its name only when it is whole: it is written beside it and renamed.
-    Called again with the same files, recipe and patients, it leaves the folder as it is.
+    Called again with the same files, recipe and patients, it leaves the folder as it is. Stopped
+    before its end and called again, it takes the cases that were prepared; see `sscl_jax.data.kept`.
 
     Args:
       output: folder to make.
@@ -215,6 +213,7 @@ def write_prepared(
         labelled patients are taken. Patients without a case in `sources` are left out.
       source_name: name of the dataset.
       skipped: findings for which cases were left out of `sources`; kept in the metadata.
+      workers: who reads and preprocesses; see `sscl_jax.data.workers`.
 
     Returns:
       The dataset, opened.
@@ -226,9 +225,13 @@ def write_prepared(
     output = Path(output)
     sources, patients = _ordered(sources, patients)
     recipe_dict = json.loads(json.dumps(recipe.to_dict()))
-    inputs = _digest_inputs(sources, recipe_dict, patients, source_name)
+    files = list(map_ahead(file_digests, sources))
+    inputs = _digest_inputs(sources, files, recipe_dict, patients, source_name)
+    beside = kept.folder_beside(output)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        if not output.is_file() and _read_metadata(output).get("inputs") == inputs:
+        with kept.removed_when_done(beside):  # what the check has kept
+            pass
+        if _made_from(output, inputs):
             print(f"{output}: already prepared from these files, nothing to do")
             return open_prepared(output)
         raise ValueError(
@@ -237,22 +240,38 @@ def write_prepared(
         )
     metadata = {
         "format": FORMAT,
-        "version": _package_version(),
+        "version": package_version(),
         "source_name": source_name,
         "recipe": recipe_dict,
         "patients": patients,
         "inputs": inputs,
         "skipped": list(skipped),
     }
+    cases = []
+    for source, digests in zip(sources, files, strict=True):
+        name = kept.digest(source, digests, recipe_dict, FORMAT, package_version())
+        cases.append((source, recipe, beside / f"{name}.npz"))
+    if taken := sum(path.exists() for *_, path in cases):
+        print(f"{output}: {taken} of {len(cases)} cases were prepared before, and are taken")
     place = output.resolve()  # where --output is a link, it stays one
-    place.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial_folder(place)
-    try:
-        _write_records(partial, sources, recipe, metadata)
-        os.rename(partial, place)  # the mark of a whole dataset
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with kept.removed_when_done(beside):
+        spread(_keep, cases, workers)
+        partial = _partial_folder(place)
+        try:
+            with closing(map_ahead(_keep, cases, workers)) as paths:
+                written = _write_records(partial, sources, paths, metadata, workers)
+            try:
+                os.rename(written, place)  # the mark of a whole dataset
+            except OSError:
+                if not _made_from(place, inputs):  # as another process has done in the meantime
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return open_prepared(output)
+
+
+def _made_from(output: Path, inputs: str) -> bool:
+    return output.is_dir() and _read_metadata(output).get("inputs") == inputs
 
 
 def _ordered(
@@ -286,17 +305,19 @@ def _ordered(
     return sorted(sources, key=lambda s: (place[s.patient_id], s.case_id)), kept
 
 
-def _digest_inputs(sources: list[CaseSource], recipe: dict, patients: dict[str, list[str]], source_name: str) -> str:
+def _digest_inputs(
+    sources: list[CaseSource], files: list, recipe: dict, patients: dict[str, list[str]], source_name: str
+) -> str:
     """sha256 of the files' contents and of everything else that decides the result."""
-
-    def digests(source: CaseSource) -> list[str | None]:
-        paths = (*source.image_paths, source.label_path)
-        return [None if path is None else _path_digest(path) for path in paths]
-
-    files = list(map_ahead(digests, sources))
     names = [(s.case_id, s.patient_id, s.split, [path.name for path in s.image_paths]) for s in sources]
     text = json.dumps([FORMAT, source_name, recipe, patients, names, files], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digests(source: CaseSource) -> list[str | None]:
+    """sha256 of the contents of each image file or folder, and of the mask, None where there is none."""
+    paths = (*source.image_paths, source.label_path)
+    return [None if path is None else _path_digest(path) for path in paths]
 
 
 def _path_digest(path: Path) -> str:
@@ -344,90 +365,52 @@ def _prepare_case(source: CaseSource, recipe: Recipe) -> dict:
     }
 
 
-def _write_records(folder: Path, sources: list[CaseSource], recipe: Recipe, metadata: dict) -> None:
-    """Streams the cases into `folder`; a few of them are in memory at a time.
+def _keep(case: tuple[CaseSource, Recipe, Path]) -> Path:
+    """Prepares one case to a file, unless a whole one is there; returns the file."""
+    source, recipe, path = case
+    if not kept.is_whole(path):
+        kept.write_arrays(path, _prepare_case(source, recipe))
+    return path
 
-    TFDS has two ways to write. `GeneratorBasedBuilder` sorts all records of a split by key, in
-    memory up to 1 GB and beyond that through files for which it needs TensorFlow.
-    `SequentialWriter` appends: it needs neither, and keeps our order. So it is the one used.
-    """
-    import tensorflow_datasets as tfds  # here and below: reading from the cache does without it
-    from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
-    features = tfds.features
-    info = tfds.core.DatasetInfo(
-        builder=DatasetIdentity(
-            name="cases",
-            version=tfds.core.Version(f"{FORMAT}.0.0"),
-            data_dir=str(folder),
-            module_name=__name__,
-        ),
-        description="Medical images, preprocessed for sscl_jax; one record is one case.",
-        features=features.FeaturesDict(
-            {
-                "index": features.Scalar(np.int64),
-                "case_id": features.Text(),
-                "patient_id": features.Text(),
-                "source": features.Text(),
-                # ArrayRecord compresses each record, so plain bytes do for the images. Labels need
-                # zlib: TFDS cannot read back an empty tensor that is stored as bytes.
-                "image": features.Tensor(shape=(None,) * 4, dtype=np.float32, encoding="bytes"),
-                "label": features.Tensor(shape=(None,) * 3, dtype=np.uint8, encoding="zlib"),
-                "native_label": features.Tensor(shape=(None,) * 3, dtype=np.uint8, encoding="zlib"),
-                # As bytes, because a record's plain numbers are float32.
-                "native_affine": features.Tensor(shape=(4, 4), dtype=np.float64, encoding="bytes"),
-                "native_shape": features.Tensor(shape=(3,), dtype=np.int64),
-                "spacing": features.Tensor(shape=(3,), dtype=np.float64, encoding="bytes"),
-            }
-        ),
-        metadata=tfds.core.MetadataDict(metadata),
-    )
-    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=CASES_PER_SHARD, file_format="array_record")
-    used = {source.split for source in sources}
-    writer.initialize_splits([split for split in SPLITS if split in used])
+def _write_records(
+    folder: Path, sources: list[CaseSource], paths: Iterator[Path], metadata: dict, workers: Workers
+) -> Path:
+    """Writes the cases kept in `paths` into `folder`, one of them in memory at a time; returns where it did."""
+    from sscl_jax.data.builder import Cases  # here, since reading from the cache does without TFDS
+
     ids = [(s.case_id, s.patient_id, s.split) for s in sources]
     seen = [metadata["recipe"], metadata["patients"], ids]
     fingerprint = hashlib.sha256(json.dumps(seen, sort_keys=True).encode())
-    channels = None
-    prepared = map_ahead(functools.partial(_prepare_case, recipe=recipe), sources)
-    progress = tqdm(prepared, "preparing", len(sources), unit=" cases", disable=None)
-    for index, record in enumerate(progress):
-        source = sources[index]
-        shape = record["image"].shape
-        channels = channels or shape[3]
-        if shape[3] != channels:
-            raise ValueError(
-                f"{source.image_paths[0]} has {shape[3]} channels, the cases before it {channels}: "
-                "all images must have the same channels"
-            )
-        fingerprint.update(repr(shape).encode())
-        fingerprint.update(record["image"].astype("<f4", copy=False).data)
-        writer.add_examples({source.split: [{"index": index, **record}]})
-    info.metadata["fingerprint"] = fingerprint.hexdigest()
-    writer.close_all()
+
+    def read() -> Generator[Path, None, None]:
+        channels = None
+        progress = tqdm(paths, "preparing", len(sources), unit=" cases", disable=None)
+        for source, path in zip(sources, progress, strict=True):
+            with np.load(path) as case:
+                image = case["image"]
+            channels = channels or image.shape[3]
+            if image.shape[3] != channels:
+                raise ValueError(
+                    f"{source.image_paths[0]} has {image.shape[3]} channels, the cases before it {channels}: "
+                    "all images must have the same channels"
+                )
+            fingerprint.update(repr(image.shape).encode())
+            fingerprint.update(image.astype("<f4", copy=False).data)
+            yield path
+
+    lengths = Counter(source.split for source in sources)
+    with closing(read()) as cases:
+        builder = Cases(folder, lengths, cases, metadata, workers)
+        written = builder.prepare()
+        assert next(cases, None) is None, "cases were left over"
+    builder.info.metadata["fingerprint"] = fingerprint.hexdigest()
+    builder.info.write_to_directory(written)
+    return written
 
 
-def map_ahead(function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
-    """`map` in threads: results in order, with only a few more of them made than are taken.
-
-    Threads suffice, for decompression and resampling release the interpreter's lock.
-    """
-    workers = min(8, max(2, os.cpu_count() or 1))
-    with ThreadPoolExecutor(workers) as pool:
-        pending: deque = deque()
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def _package_version() -> str:
+def package_version() -> str:
+    """Of this package."""
     try:
         return importlib.metadata.version("sscl_jax")
     except importlib.metadata.PackageNotFoundError:

@@ -1,0 +1,104 @@
+"""What a preparation has done so far, by case, so that one that was killed goes on where it was.
+
+The files lie beside the folder to be made, in `.NAME.partial-cases`, until that is whole. The name of each is a digest
+of all that decides its content: what the files of the case hold, how they are read, the recipe. So what has changed is
+made again, and preparations that run at the same time, or the workers of one on many machines, can share the folder. A
+file gets its name when it is whole.
+"""
+
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+
+def folder_beside(output: Path) -> Path:
+    """Folder of what is kept for the dataset `output`."""
+    place = Path(output).resolve()  # where it is a link, beside what that leads to
+    return place.parent / f".{place.name}.partial-cases"
+
+
+@contextmanager
+def removed_when_done(folder: Path) -> Iterator[Path]:
+    """Makes `folder`; removes it at the end, unless that is an exception, or another preparation is at work in it."""
+    with _locked(folder) as lock:
+        yield folder
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return  # the last one removes it
+        except OSError:
+            pass
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked(folder: Path) -> IO[str]:
+    """A file in `folder` that this process shares a lock of, as far as the file system has locks."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # the folder was removed by another preparation, which came to its end
+            lock = open(folder / "lock", "w")
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_SH)
+            return lock
+
+
+def digest(case: Any, *others: Any) -> str:
+    """sha256 (hex) of the fields of `case`, its readers among them by their names, and of `others`."""
+    fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
+    text = json.dumps([type(case).__qualname__, fields, others], sort_keys=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value.absolute())
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, set):
+        return "set"  # in which a reader notes what it has told
+    name = getattr(value, "__qualname__", "<")
+    # What such a name does not tell apart has an address in its repr, so it is not taken again.
+    return repr(value) if "<" in name else f"{value.__module__}.{name}"
+
+
+def write(path: Path, content: Callable[[IO[bytes]], Any]) -> None:
+    """Makes a file, and its folder, by `content(file)`; under its name it appears whole."""
+    partial = path.with_name(f"{uuid.uuid4().hex}.partial")
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "xb") as file:
+                content(file)
+            return os.replace(partial, path)
+        except FileNotFoundError:
+            continue  # the folder was removed by another preparation, which came to its end
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """Makes the .npz file `path`, as `write` does."""
+    write(path, lambda file: np.savez(file, **arrays))
+
+
+def is_whole(path: Path) -> bool:
+    """Whether `path` is an .npz file with all that was written to it: power may have failed as it was."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+        return False
