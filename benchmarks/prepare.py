@@ -3,12 +3,13 @@
     python benchmarks/prepare.py --cases=300 --shape 96 96 12 [--kill] [--processes=2 | --beam_options=...]
 
 Draws random volumes with masks into a temporary folder (--folder: under that one) and prepares them with
-`data_prep.folder`, which gets the last two options. --kill: the same again into another folder, killed (SIGKILL) when half
-of the cases are kept, started again, and compared, byte for byte. Memory, every 20 ms: what the process has for itself
-(RssAnon) and its resident set (VmRSS), which counts pages of memory-mapped files that the system can take back.
+`data_prep.folder`, which gets the last two options. --kill: the same again into another folder, killed (SIGKILL) when
+half of the cases are kept, started again, and compared, byte for byte. Memory, every 50 ms: what the process has for
+itself (RssAnon) and its resident set (VmRSS), which counts pages of memory-mapped files that the system can take back.
 """
 
 import argparse
+import resource
 import subprocess
 import sys
 import tempfile
@@ -61,7 +62,7 @@ def draw(folder: Path, cases: int, shape: tuple[int, int, int]) -> None:
 def run(folder: Path, output: str, options: list[str], until: Callable[[], bool] | None = None) -> None:
     """Prepares to `folder / output`, killed as soon as `until` says so, and prints what it took."""
     words = ["-m", "data_prep.folder", f"--input={folder / 'scans'}", f"--output={folder / output}", *options]
-    begin = time.monotonic()
+    begin, before = time.monotonic(), processor()
     process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     peaks: dict[str, list[float]] = {}
     while process.poll() is None:
@@ -70,16 +71,25 @@ def run(folder: Path, output: str, options: list[str], until: Callable[[], bool]
             peaks[who] = [max(pair) for pair in zip(memory(pid), peaks.get(who, [0, 0]), strict=True)]
         if until and until():
             process.kill()
-        time.sleep(0.02)
-    seconds = time.monotonic() - begin
+        time.sleep(0.05)
+    seconds = f"{time.monotonic() - begin:.1f} s, {processor() - before:.1f} s of processors"
     text = process.stdout.read() if process.stdout else ""
     taken = [line.split(": ", 1)[1] for line in text.splitlines() if "were prepared before" in line]
     used = ", ".join(f"{who} {own:.0f} MiB (resident {resident:.0f})" for who, (own, resident) in peaks.items())
-    print(f"{output}, status {process.returncode}: {seconds:.1f} s; {used}", *taken, sep="; ", flush=True)
+    print(f"{output}, status {process.returncode}: {seconds}; {used}", *taken, sep="; ", flush=True)
+
+
+def processor() -> float:
+    """Seconds that processes which have ended took of all processors."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def children(pid: int) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
+    try:
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
     return [child for each in map(int, found) for child in (each, *children(each))]
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from data_prep import acdc, common, folder
-from sscl_jax.data.prepared import SPLITS, open_prepared
+from sscl_jax.data import prepared
+from sscl_jax.data.prepared import SPLITS, CaseSource, open_prepared
 
 ROOT = Path(__file__).parents[1]
 REAL_ACDC = Path(__file__).parents[2] / "shared" / "data" / "acdc"
@@ -460,3 +461,86 @@ def test_main_of_acdc(acdc_folder, tmp_path, capsys):
     out, splits = tmp_path / "out", tmp_path / "splits.json"
     acdc.main(["--input", str(acdc_folder), "--output", str(out), "--splits", str(splits)])
     assert len(open_prepared(out).cases) == 6
+
+
+def test_started_again_only_scans_that_are_not_done_are_read(acdc_folder, tmp_path, monkeypatch, capsys):
+    out, splits = tmp_path / "out", tmp_path / "splits.json"
+    original, read = prepared._prepare_case, []
+
+    def stop(source, recipe):
+        if source.case_id == "patient001_frame01":  # the fifth of six
+            raise KeyboardInterrupt
+        return original(source, recipe)
+
+    monkeypatch.setattr(prepared, "_prepare_case", stop)
+    with pytest.raises(KeyboardInterrupt):
+        acdc.prepare(acdc_folder, out, splits)
+    monkeypatch.undo()
+    done = len(list(tmp_path.glob(".out.partial-cases/*.npz")))
+    assert done >= 4
+    image = CaseSource.image
+    monkeypatch.setattr(CaseSource, "image", lambda source: read.append(source.case_id) or image(source))
+    acdc.prepare(acdc_folder, out, splits)
+    assert read == ["patient001_frame01", "patient001_frame09"][: 6 - done]
+    told = capsys.readouterr().out
+    assert f"{done} of 6 cases were prepared before, and are taken" in told
+    monkeypatch.undo()
+    acdc.prepare(acdc_folder, tmp_path / "undisturbed", splits)
+    assert told.splitlines()[-12:] == capsys.readouterr().out.splitlines()[-12:]  # the summary
+
+
+def test_started_again_a_scan_that_changed_is_checked_again(acdc_folder, tmp_path):
+    out, splits = tmp_path / "out", tmp_path / "splits.json"
+    scan = acdc_folder / "database" / "training" / "patient002" / "patient002_frame04.nii.gz"
+    write_nifti(scan, image_of(0, (12, 10, 4)))
+    with pytest.raises(common.Problems, match=r"frame04_gt.nii.gz: shape \(12, 10, 3\), but its image"):
+        acdc.prepare(acdc_folder, out, splits)
+    write_nifti(scan, image_of(0))
+    acdc.prepare(acdc_folder, out, splits)
+    assert not list(tmp_path.glob(".out*"))
+    # Where the output is there, nothing is left to go on with.
+    with pytest.raises(ValueError, match="choose another --output"):
+        acdc.prepare(acdc_folder, out, splits, spacing=3.0)
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_what_the_check_keeps_of_a_case_is_what_it_learnt(acdc_folder, tmp_path):
+    folders = acdc.find_patients(acdc_folder)
+    sources, *_ = acdc.list_cases(folders, list(folders), {})
+    (tmp_path / "kept").mkdir()
+    for _ in range(2):  # made, then taken
+        facts = common.examine(sources, (0, 1, 2), tmp_path / "kept")
+        assert facts == common.examine(sources, (0, 1, 2))
+    assert len(list((tmp_path / "kept").iterdir())) == 8
+    for file in (tmp_path / "kept").iterdir():
+        file.write_bytes(file.read_bytes()[:-9])
+    assert facts == common.examine(sources, (0, 1, 2), tmp_path / "kept")
+    assert facts != common.examine(sources, None, tmp_path / "kept")  # 3 may be there too
+
+
+def test_processes_by_the_command_line(acdc_folder, tmp_path):
+    splits = tmp_path / "splits.json"
+    one = acdc.prepare(acdc_folder, tmp_path / "threads", splits)
+    command = [sys.executable, "-m", "data_prep.acdc", "--input", acdc_folder, "--splits", splits, "--processes=2"]
+    subprocess.run([*command, "--output", tmp_path / "processes"], cwd=ROOT, check=True)
+    other = open_prepared(tmp_path / "processes")
+    assert one.fingerprint == other.fingerprint
+    names = [path.name for path in one.path.iterdir() if path.is_file()]
+    assert len(names) == 5  # records of two splits, metadata, features, information
+    for name in names:
+        assert (one.path / name).read_bytes() == (other.path / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("options", [["--processes=-1"], ["--processes=2", "--beam_options=--runner=DirectRunner"]])
+def test_workers_that_cannot_be(options, capsys):
+    with pytest.raises(SystemExit) as caught:
+        acdc.main(["--input=a", "--output=b", *options])
+    assert caught.value.code == 2
+    assert "--processes" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_options_of_a_pipeline_are_words():
+    parser = common.make_parser("acdc", None)
+    args = parser.parse_args(["--input=a", "--output=b", "--beam_options=--runner=X '--temp_location=a b'"])
+    assert args.workers == ["--runner=X", "--temp_location=a b"]
+    assert parser.parse_args(["--input=a", "--output=b"]).workers == 0

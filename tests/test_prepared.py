@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -243,6 +244,24 @@ t.write_prepared(Path({str(tmp_path / "out")!r}), sources, t.RECIPE, t.PATIENTS,
 
 
 @pytest.fixture
+def interrupted(tmp_path, sources, monkeypatch):
+    """The same folder, where it was interrupted."""
+    original = prepared._prepare_case
+
+    def stop(source, recipe):
+        if source.case_id == "p2_f0":
+            while len(list(tmp_path.glob(".out.partial-cases/*.npz"))) < 5:
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+        return original(source, recipe)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepared, "_prepare_case", stop)
+        write_prepared(tmp_path / "out", sources, RECIPE, PATIENTS, "toy")
+    return tmp_path / "out"
+
+
+@pytest.fixture
 def made(monkeypatch):
     """Names of the cases that are prepared in this process from here on."""
     names, original = [], prepared._prepare_case
@@ -265,7 +284,7 @@ def test_killed_process_leaves_no_half_that_passes_for_whole(killed, tmp_path, s
 
 
 @pytest.mark.parametrize("change", ["image", "label", "recipe", "names", "reader", "truncated", "flipped"])
-def test_cases_that_changed_after_the_kill_are_made_again(killed, tmp_path, sources, made, change):
+def test_cases_that_changed_since_are_made_again(interrupted, tmp_path, sources, made, change):
     recipe, expected = RECIPE, {"p2_f0", "p3_f1"}
     at = next(n for n, source in enumerate(sources) if source.case_id == "p3_f1")
     if change == "image":
@@ -281,15 +300,15 @@ def test_cases_that_changed_after_the_kill_are_made_again(killed, tmp_path, sour
     elif change == "reader":
         sources[at] = replace(sources[at], read_image=functools.partial(formats.read_image, channels=True))
     else:
-        file = max(killed.parent.glob(".out.partial-cases/*.npz"), key=_is_of_p3_f1)
+        file = max(interrupted.parent.glob(".out.partial-cases/*.npz"), key=_is_of_p3_f1)
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content if change == "flipped" else content[:-7])
-    write_prepared(killed, sources, recipe, PATIENTS, "toy")
+    write_prepared(interrupted, sources, recipe, PATIENTS, "toy")
     assert set(made) == expected
     assert not list(tmp_path.glob(".out.partial-*"))
     write_prepared(tmp_path / "undisturbed", sources, recipe, PATIENTS, "toy")
-    assert files_of(killed) == files_of(tmp_path / "undisturbed")
+    assert files_of(interrupted) == files_of(tmp_path / "undisturbed")
 
 
 def _is_of_p3_f1(path):

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import signal
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -54,11 +56,21 @@ def _pool(processes: int, threads: int) -> Executor:
         return ThreadPoolExecutor(threads)
     # Not forked: a lock that a thread holds at that moment would never be free in the child.
     spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(processes, spawn, _filter_warnings, (list(warnings.filters),))
+    return ProcessPoolExecutor(processes, spawn, _start, (list(warnings.filters),))
 
 
-def _filter_warnings(filters: list) -> None:
+def _start(filters: list) -> None:
+    """Of a process: it warns of what its parent warns of, leaves Ctrl-C to that, and ends with it."""
     warnings.filters[:] = filters  # type: ignore[index]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def spread(function: Callable[[_In], Any], items: Sequence[_In], workers: Workers) -> None:
