@@ -1,3 +1,5 @@
+import contextlib
+import fcntl
 import functools
 import importlib.util
 import itertools
@@ -349,6 +351,36 @@ def test_processes_make_what_threads_make(tmp_path, sources, dataset, made):
     write_prepared(tmp_path / "processes", sources, RECIPE, PATIENTS, "toy", workers=2)
     assert made == []  # here, that is
     assert files_of(tmp_path / "processes") == files_of(dataset.path)
+
+
+def _hold(path):
+    """Holds a lock of the file `path`, and says so, for a minute."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        path.with_suffix(".held").touch()
+        time.sleep(60)
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    script = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+import test_prepared as t
+list(t.workers.map_ahead(t._hold, [t.Path({str(tmp_path / "a.lock")!r})], 1))
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    while not (tmp_path / "a.held").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    with open(tmp_path / "a.lock") as file:
+        for _ in range(600):  # half of what it would be held for
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(0.05)
+    pytest.fail("the process is still there")
 
 
 def test_a_process_that_is_killed_is_one_line():
