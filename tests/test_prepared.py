@@ -410,6 +410,14 @@ def test_what_a_beam_worker_fails_at_is_told_in_one_line(tmp_path, sources):
         write_prepared(tmp_path / "out", sources, RECIPE, PATIENTS, "toy", workers=["--runner=DirectRunner"])
 
 
+def test_cases_that_a_pipeline_leaves_nowhere_are_made_here_and_told(tmp_path, sources, dataset, monkeypatch, capsys):
+    pytest.importorskip("apache_beam", reason="Apache Beam is not installed: pip install '.[beam]'")
+    monkeypatch.setattr(prepared, "spread", lambda *_: None)
+    write_prepared(tmp_path / "beam", sources, RECIPE, PATIENTS, "toy", workers=["--runner=DirectRunner"])
+    assert "6 cases are made here" in capsys.readouterr().out
+    assert files_of(tmp_path / "beam") == files_of(dataset.path)
+
+
 def test_without_beam_the_error_says_what_to_install(tmp_path, sources, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     with pytest.raises(ValueError, match=r"--beam_options needs Apache Beam.*pip install 'sscl_jax\[beam\]'"):

@@ -256,6 +256,8 @@ def write_prepared(
     place = output.resolve()  # where --output is a link, it stays one
     with kept.removed_when_done(beside):
         spread(_keep, cases, workers)
+        if not isinstance(workers, int) and (missing := sum(not path.exists() for *_, path in cases)):
+            print(f"{missing} cases are made here: the workers of the pipeline left none of them in {beside}")
         partial = _partial_folder(place)
         try:
             with closing(map_ahead(_keep, cases, workers)) as paths:
