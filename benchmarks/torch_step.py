@@ -19,6 +19,7 @@ import copy
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -94,6 +95,7 @@ def main() -> None:
                 start = clock()
                 runs[side](burst if turn else 1)
                 times[side].append((clock() - start) / (burst if turn else 1))
+                print(f"turn {turn}, {side}: {1e3 * times[side][-1]:.1f} ms", file=sys.stderr, flush=True)
                 if gpu:
                     memory[side] = device_memory() if side == "jax" else torch.cuda.max_memory_allocated() / 2**30
             except Exception as error:
