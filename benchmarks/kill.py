@@ -47,7 +47,7 @@ PLACES = {
     "checkpoint write": r'checkpoint\.py", line \d+ in save',
     "final tables": "in _final_tables",
     "evaluation": "in evaluate_cases|in write_overlays",
-    "prepare: records": "in _write_records|in _digest_inputs|in examine",
+    "prepare: records": "in _write_records|in file_digests|in examine",
     "prepare: cache": "in _fill_cache",
     "prepare: other": r"data_prep/|sscl_jax/data/prepared\.py",
 }
