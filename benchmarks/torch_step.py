@@ -85,17 +85,18 @@ def main() -> None:
     clock = time.process_time if args.processor else time.perf_counter
     runs: dict[str, Callable[[int], Any]] = {}
     times: dict[str, list[float]] = {side: [] for side in sides}
-    for turn in range(args.repeats + 2):  # the first compiles, the second does not count either
+    for turn in range(args.repeats + 1):
         for side in list(times):
             try:
                 if side not in runs:
                     runs[side] = make_side(side, config)
                 if gpu:
                     torch.cuda.reset_peak_memory_stats()
-                start = clock()
-                runs[side](burst if turn else 1)
-                times[side].append((clock() - start) / (burst if turn else 1))
-                print(f"turn {turn}, {side}: {1e3 * times[side][-1]:.1f} ms", file=sys.stderr, flush=True)
+                for count in (burst,) if turn else (1, burst):  # the first compiles, the second does not count either
+                    start = clock()
+                    runs[side](count)
+                    times[side].append((clock() - start) / count)
+                    print(f"turn {turn}, {side}: {1e3 * times[side][-1]:.1f} ms", file=sys.stderr, flush=True)
                 if gpu:
                     memory[side] = device_memory() if side == "jax" else torch.cuda.max_memory_allocated() / 2**30
             except Exception as error:
