@@ -4,6 +4,7 @@ import argparse
 import functools
 import math
 import re
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -179,8 +180,10 @@ def least_seconds(parts: dict[str, Callable[[], Any]], repeats: int, burst: int 
             for _ in range(burst if repeat else 1):
                 result = part()
             jax.block_until_ready(result)  # a device works in the order of the calls
+            seconds = (time.perf_counter() - start) / (burst if repeat else 1)
+            print(f"turn {repeat}, {name}: {1e3 * seconds:.2f} ms", file=sys.stderr, flush=True)
             if repeat:
-                times[name].append((time.perf_counter() - start) / burst)
+                times[name].append(seconds)
     return {name: min(values) for name, values in times.items()}
 
 

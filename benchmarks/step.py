@@ -110,6 +110,7 @@ def main() -> None:
         return parallel.replicate(state)
 
     compiled = {
+        "whole step": Program(experiment.make_step(config, classes), fresh(), batch),
         "augmentation, both views": Program(jax.jit(augment), keys, examples),
         "teacher forward": Program(jax.jit(forward), state.teacher, pixels),
         "student forward": Program(jax.jit(forward), state.student, pixels),
@@ -117,7 +118,6 @@ def main() -> None:
             jax.jit(jax.grad(lambda p, x: jnp.mean(forward(p, x) ** 2))), state.student, pixels
         ),
         "optimiser + moving average": Program(jax.jit(update), state),
-        "whole step": Program(experiment.make_step(config, classes), fresh(), batch),
     }
     if config.contrast.weight > 0:
         compiled["whole step without contrast"] = Program(without_contrast(), fresh(), batch)
