@@ -5,6 +5,9 @@
 
 Each holds the state as arrays and a JSON `meta`: config, preprocessing recipe, shapes, and what the loop remembers.
 Orbax writes under a temporary name and renames, so a half-written checkpoint is never taken for a whole one.
+
+Where there are several processes all must call `save`, `newest` and `restore`. Process 0 alone touches the files, and
+tells the others: each for itself might take another checkpoint for the newest good one. `steps` and `meta` are for it.
 """
 
 import functools
@@ -35,10 +38,16 @@ class Checkpoints:
     def __init__(self, workdir: Path, kind: str):
         _hush()
         self.folder = Path(os.path.abspath(workdir)) / "checkpoints" / kind
-        self._options = ocp.CheckpointManagerOptions(
-            max_to_keep=2 if kind == "last" else 1, create=True, enable_async_checkpointing=False
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2 if self.folder.name == "last" else 1,
+            create=False,
+            enable_async_checkpointing=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+        return ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Saves a host copy of the state (NumPy leaves) and JSON values under the state's step.
@@ -46,9 +55,13 @@ class Checkpoints:
         Raises:
           OSError: nothing could be written (disk full, no permission); earlier checkpoints stay as they are.
         """
+        parallel.from_main(lambda: self._save(state, meta))
+
+    def _save(self, state: TrainState, meta: dict[str, Any]) -> None:
         step, tree = int(state.step), _to_tree(state)
-        if step in self._manager.all_steps():  # a resumed run evaluates the same step again
+        if step in self.steps():  # a resumed run evaluates the same step again
             return
+        self.folder.mkdir(parents=True, exist_ok=True)
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(tree),
             meta=ocp.args.JsonSave({**meta, "shapes": _shapes(tree), "digest": _digest(tree)}),
@@ -57,8 +70,6 @@ class Checkpoints:
             if not self._manager.save(step, args=arguments):
                 raise RuntimeError(f"a later one exists: {self.steps()}")
         except Exception as error:  # Orbax and tensorstore raise ValueError for a full disk
-            if parallel.is_of_another(error):
-                raise
             reason = "no space left on device" if "No space left" in str(error) else _first_line(error)
             raise OSError(
                 f"{self.folder}: checkpoint {step} could not be written ({reason}). Free some space "
@@ -67,7 +78,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, ascending."""
-        return sorted(self._manager.all_steps())
+        return sorted(self._manager.all_steps()) if self.folder.is_dir() else []
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON values saved with a checkpoint."""
@@ -80,6 +91,9 @@ class Checkpoints:
         Raises:
           OSError: there are checkpoints but none can be read.
         """
+        return parallel.from_main(self._newest)
+
+    def _newest(self) -> tuple[int, dict[str, Any]] | None:
         found = self.steps()
         for step in reversed(found):
             try:
@@ -104,14 +118,15 @@ class Checkpoints:
           ValueError: the checkpoint is of another architecture or label set; the differences are listed.
           OSError: there are checkpoints but none can be read.
         """
+        return parallel.from_main(lambda: self._restore(target, set_aside))
+
+    def _restore(self, target: TrainState, set_aside: bool) -> tuple[TrainState, dict[str, Any]] | None:
         found = self.steps()
         for step in reversed(found):
             try:
                 meta = self.meta(step)
                 shapes = meta["shapes"]
             except Exception as error:
-                if parallel.is_of_another(error):
-                    raise
                 self._pass_over(step, error, set_aside)
                 continue
             tree = _to_tree(target)
@@ -122,8 +137,6 @@ class Checkpoints:
                 if _digest(restored) != meta["digest"]:  # Orbax itself does not notice a flipped bit
                     raise ValueError("its content is not what was saved")
             except Exception as error:
-                if parallel.is_of_another(error):
-                    raise
                 self._pass_over(step, error, set_aside)
                 continue
             return flax.serialization.from_state_dict(target, restored), meta
@@ -141,11 +154,11 @@ class Checkpoints:
         told = f"; it is set aside as {aside.name}" if set_aside else ""
         warnings.warn(
             f"{self.folder / str(step)} cannot be read ({_first_line(error)}){told}; the one before it is used.",
-            stacklevel=3,
+            stacklevel=6,
         )
         if set_aside:
             os.replace(self.folder / str(step), aside)
-            self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+            del self._manager  # it has read the folder
 
 
 @functools.cache

@@ -285,13 +285,8 @@ def load_networks(workdir: Path, kind: str = "best") -> dict[str, Network]:
     Raises:
       FileNotFoundError: there is no checkpoint.
     """
-    folder = Path(workdir) / "checkpoints"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{workdir} holds no checkpoints: give the --workdir of a training.")
     kinds = [kind, "last"] if kind == "best" else [kind]
     for each in kinds:
-        if not (folder / each).is_dir():
-            continue
         checkpoints = Checkpoints(Path(workdir), each)
         if (newest := checkpoints.newest()) is None:
             continue
@@ -306,4 +301,6 @@ def load_networks(workdir: Path, kind: str = "best") -> dict[str, Network]:
         return {
             name: Network(model, network_variables(state, name), recipe, config, meta, path, name) for name in NETWORKS
         }
+    if not (Path(workdir) / "checkpoints").is_dir():
+        raise FileNotFoundError(f"{workdir} holds no checkpoints: give the --workdir of a training.")
     raise FileNotFoundError(f"{workdir} holds no checkpoint yet: train for longer, or give another --workdir.")

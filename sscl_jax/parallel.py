@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import os
+import pickle
 import platform
 import resource
 import sys
@@ -136,6 +137,32 @@ def in_shares(function: Callable[[Any], Sequence[np.ndarray]], items: Sequence[A
             for name in arrays:
                 results[int(name.split()[0])].append(arrays[name])
     return list(results)
+
+
+def from_main(function: Callable[[], Any]) -> Any:
+    """`function()`, called in process 0 alone; all processes get the result, so that they cannot disagree on it.
+
+    All must ask at the same step. For what several processes might each find otherwise, or do twice: files, say.
+
+    Raises:
+      ValueError, OSError: `function` raised it; all raise it, for the same remedy.
+    """
+    if jax.process_count() == 1:
+        return function()
+    told: tuple[Any, Exception | None] = None, None
+    if is_main_process():
+        try:
+            told = function(), None
+        except (ValueError, OSError) as error:
+            told = None, error
+    # As bytes, since a sum over the processes, which is how jax tells the others, turns -0.0 into 0.0.
+    sent = np.frombuffer(pickle.dumps(told), np.uint8)
+    size = multihost_utils.broadcast_one_to_all(np.frombuffer(np.int64(sent.size).tobytes(), np.uint8)).view(np.int64)
+    received = multihost_utils.broadcast_one_to_all(sent if is_main_process() else np.zeros(size, np.uint8))
+    result, failure = told if is_main_process() else pickle.loads(received.tobytes())
+    if failure:
+        raise failure
+    return result
 
 
 def is_main_process() -> bool:

@@ -33,7 +33,7 @@ def show_plan(config: ConfigDict, workdir: Path) -> None:
     if not (place.is_dir() and os.access(place, os.W_OK)):
         raise OSError(f"--workdir={workdir} cannot be written: choose another folder.")
     start = 0
-    if (workdir / "checkpoints" / "last").is_dir() and (newest := Checkpoints(workdir, "last").newest()):
+    if newest := Checkpoints(workdir, "last").newest():
         start, meta = newest
         experiment.check_same_training(config, meta, dataset.fingerprint, workdir)
     tell = print if parallel.is_main_process() else lambda *_: None

@@ -134,10 +134,11 @@ def test_two_processes_measure_what_one_does(phantom_data, tmp_path):
 
 
 def test_when_one_process_is_killed_the_other_ends_and_the_same_commands_go_on(phantom_data, tmp_path):
+    """And they agree on where from, though the newest checkpoint is damaged."""
     workdir = tmp_path / "run"
     more = ["--config.steps=2000", "--config.eval.every=2000", "--config.save_every=5"]
     processes = train_on(2, phantom_data, workdir, *more, method="supervised")
-    wait_for(workdir / "metrics.csv", processes[0], rows=2)  # so that step 5 is saved
+    wait_for(workdir / "metrics.csv", processes[0], rows=3)  # so that steps 5 and 10 are saved
     processes[1].kill()
     finish(processes[1], -signal.SIGKILL)
     _, err = finish(processes[0], 1)
@@ -146,13 +147,15 @@ def test_when_one_process_is_killed_the_other_ends_and_the_same_commands_go_on(p
     )
     assert "Traceback" not in err
 
-    saved = Checkpoints(workdir, "last").steps()[-1]
+    saved, newest = Checkpoints(workdir, "last").steps()
+    next((workdir / "checkpoints" / "last" / str(newest) / "state").glob("_METADATA")).write_bytes(b"")
     rows = len((workdir / "metrics.csv").read_text().splitlines())
     processes = train_on(2, phantom_data, workdir, *more, method="supervised")
     wait_for(workdir / "metrics.csv", processes[0], rows=rows)  # one more than the killed one left
     processes[0].send_signal(signal.SIGTERM)
-    (out, _), _ = (finish(process, 128 + signal.SIGTERM) for process in processes)
+    (out, err), (_, other) = (finish(process, 128 + signal.SIGTERM) for process in processes)
     assert f"goes on from step {saved}" in out
+    assert f"set aside as damaged-last-{newest}" in err and "set aside" not in other
 
 
 # What only the command line can get wrong; all else is in test_training.py.

@@ -31,12 +31,28 @@ def check():
                 np.testing.assert_array_equal(array, expected)
 
 
+def check_from_main(index):
+    calls = []
+    value = np.array([-0.0, np.nan, 1e-40], "f4"), {"step": 3}  # a sum would lose the sign, or flush what is tiny
+    array, values = parallel.from_main(lambda: calls.append(index) or value)
+    assert (array.tobytes(), values) == (value[0].tobytes(), {"step": 3})
+
+    def fail():
+        calls.append(index)
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        parallel.from_main(fail)
+    assert calls == ([0, 0] if index == 0 else [])
+
+
 def test_one_process_does_all():
     check()
+    check_from_main(0)
 
 
 @pytest.mark.end_to_end
-def test_three_processes_share_none_to_four_items():
+def test_three_processes_share_none_to_four_items_and_agree():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -52,3 +68,4 @@ def test_three_processes_share_none_to_four_items():
 if __name__ == "__main__":
     parallel.initialise_hosts(sys.argv[1], 3, int(sys.argv[2]))
     check()
+    check_from_main(int(sys.argv[2]))
