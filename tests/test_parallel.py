@@ -22,7 +22,7 @@ def work(item):
 
 
 def check():
-    for count in range(5):
+    for count in range(6):
         shared = parallel.in_shares(work, range(count))
         assert len(shared) == count
         for item, arrays in enumerate(shared):
@@ -52,13 +52,13 @@ def test_one_process_does_all():
 
 
 @pytest.mark.end_to_end
-def test_three_processes_share_none_to_four_items_and_agree():
+def test_four_processes_share_none_to_five_items_and_agree():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     processes = [
         subprocess.Popen([sys.executable, __file__, address, str(i)], stderr=subprocess.PIPE, text=True)
-        for i in range(3)
+        for i in range(4)
     ]
     for process in processes:
         _, err = process.communicate(timeout=600)
@@ -66,6 +66,6 @@ def test_three_processes_share_none_to_four_items_and_agree():
 
 
 if __name__ == "__main__":
-    parallel.initialise_hosts(sys.argv[1], 3, int(sys.argv[2]))
+    parallel.initialise_hosts(sys.argv[1], 4, int(sys.argv[2]))
     check()
     check_from_main(int(sys.argv[2]))
