@@ -45,11 +45,23 @@ def initialise_hosts(
                 f"(is {process_id}) from 0 to num_processes - 1."
             )
         _join(coordinator, num_processes, process_id)
+        _connect()
         return
     several = int(os.environ.get("SLURM_NTASKS", os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))) > 1
     pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     if several or pod or distributed:
         _join()
+        _connect()
+
+
+def _connect() -> None:
+    """Lets the devices meet while the processes are in step, as they are once each knows of all devices.
+
+    On CPUs one that comes 30 seconds late to what first connects them, since it reads or compiles for longer, is given
+    up. Devices are connected in the groups that the collectives below and those of the step need.
+    """
+    agreed(0)
+    jax.block_until_ready(jax.pmap(lambda x: jax.lax.psum(x, AXIS), AXIS)(np.zeros(jax.local_device_count())))
 
 
 @contextlib.contextmanager

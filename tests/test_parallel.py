@@ -1,9 +1,11 @@
 """Several processes share work. What they train together is in test_command_line.py."""
 
+import os
 import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -56,16 +58,24 @@ def test_four_processes_share_none_to_five_items_and_agree():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    env = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}
     processes = [
-        subprocess.Popen([sys.executable, __file__, address, str(i)], stderr=subprocess.PIPE, text=True)
-        for i in range(4)
-    ]
+        subprocess.Popen([sys.executable, __file__, address, str(i)], env=env, **pipes) for i in range(4)
+    ]  # fmt: skip
     for process in processes:
-        _, err = process.communicate(timeout=600)
-        assert process.returncode == 0, err
+        said, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, said
+        # Whoever came 30 seconds late to what first connects the devices would be given up.
+        before, after = said.split("joined\n")
+        assert "connected to 3 peer" in before and "connected to 7 peer" in before
+        assert "connected" not in after
 
 
 if __name__ == "__main__":
     parallel.initialise_hosts(sys.argv[1], 4, int(sys.argv[2]))
+    print("joined", flush=True)
     check()
     check_from_main(int(sys.argv[2]))
+    gathered = jax.pmap(lambda x: jax.lax.all_gather(x, parallel.AXIS), parallel.AXIS)(np.ones(2))
+    assert gathered.shape == (2, 8)
