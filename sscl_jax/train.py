@@ -287,6 +287,10 @@ class Batches:
 
     def run(self, start: int, stop: int) -> Iterator[tuple[int, dict]]:
         """Yields (step, batch), reading the next batch while the device works on this one."""
+        if self.resident:
+            # Nothing is read. And what devices do must be begun in one order in all processes, so not by two threads.
+            yield from ((step, self.load(step)) for step in range(start, stop))
+            return
         with ThreadPoolExecutor(1) as reader:
             following = reader.submit(self.load, start)
             for step in range(start, stop):
