@@ -374,22 +374,39 @@ def scramble(path):
     nibabel.save(nibabel.Nifti1Image(noise, image.affine, image.header), path)
 
 
-@pytest.mark.parametrize("change", [delete, scramble])
-def test_labels_of_unlabelled_patients_change_no_bit(
-    change, trained, tiny_config, no_tables, phantom_scans, phantom_data, tmp_path
-):
-    roles = assign_roles(open_prepared(phantom_data), 2)
-    unlabeled = {case.patient_id for case in roles.unlabeled}
-    assert len(unlabeled) == 2
-    shutil.copytree(phantom_scans, tmp_path / "scans")
-    masks = [p for name in unlabeled for p in (tmp_path / "scans" / "training" / name).glob("*_gt.nii.gz")]
-    assert len(masks) == 4
-    for path in masks:
-        change(path)
-    acdc.prepare(tmp_path / "scans", tmp_path / "prepared", splits=phantom_scans / "splits.json", spacing=6.0)
-    config = tiny_config(**{"data.path": str(tmp_path / "prepared")})
-    train.train(config, tmp_path / "run")
-    assert_same_training(tmp_path / "run", trained[0], config)
+@pytest.fixture
+def train_with_changed_masks(tiny_config, no_tables, phantom_scans, phantom_data, tmp_path):
+    """Changes all masks of some parts (names of `Roles`), prepares and trains; returns folder and config."""
+
+    def run(change, *parts):
+        roles = assign_roles(open_prepared(phantom_data), 2)
+        patients = {case.patient_id for part in parts for case in getattr(roles, part)}
+        shutil.copytree(phantom_scans, tmp_path / "scans")
+        masks = [p for p in (tmp_path / "scans").rglob("*_gt.nii.gz") if p.parent.name in patients]
+        assert len(masks) == 2 * len(patients) == {1: 4, 3: 8}[len(parts)]
+        for path in masks:
+            change(path)
+        acdc.prepare(tmp_path / "scans", tmp_path / "prepared", splits=phantom_scans / "splits.json", spacing=6.0)
+        config = tiny_config(**{"data.path": str(tmp_path / "prepared")})
+        train.train(config, tmp_path / "run")
+        return tmp_path / "run", config
+
+    return run
+
+
+def test_labels_of_unlabelled_patients_change_no_bit(trained, train_with_changed_masks):
+    workdir, config = train_with_changed_masks(delete, "unlabeled")
+    assert_same_training(workdir, trained[0], config)
+
+
+def test_noise_in_all_masks_but_the_labelled_ones_reaches_no_parameter(trained, train_with_changed_masks):
+    workdir, config = train_with_changed_masks(scramble, "unlabeled", "val", "test")
+    (state, _), (expected, _) = (state_of(w, config) for w in (workdir, trained[0]))
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    # Val was measured by its masks, or they would have been another's.
+    dice, as_it_was = ([row["val_dice"] for row in rows_of(w) if row["val_dice"]] for w in (workdir, trained[0]))
+    assert len(dice) == len(as_it_was) == 3 and dice != as_it_was
 
 
 def test_roles_are_disjoint_in_patients(phantom_data):
@@ -403,7 +420,7 @@ def test_roles_are_disjoint_in_patients(phantom_data):
 
 
 def test_nan_in_a_scan_stops_and_names_it(tiny_config, no_tables, tmp_path, monkeypatch):
-    config = tiny_config()
+    config = tiny_config(**{"data.device_memory": 0.0})  # so that each batch is read
     read = Pool.batch
     poisoned = "patient003"
 
