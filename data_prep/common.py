@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -351,18 +352,21 @@ def examine(
 def _facts(case: tuple[CaseSource, Sequence[int] | None, Path | None]) -> CaseFacts:
     source, label_values, folder = case
     try:
-        path = folder and folder / f"{kept.digest(source, file_digests(source), label_values, package_version())}.json"
+        digests = file_digests(source)
     except OSError:
-        path = None  # the check tells which file it is, and why
-    if path is None:
+        folder = None  # the check tells which file it is, and why
+    if folder is None:
         return check_case(source, label_values)
+    path = folder / f"{kept.digest(source, digests, label_values, package_version())}.json"
     try:
-        told = json.loads(path.read_text())
+        told = json.loads(kept.read(path))
         spacing = told["spacing"] and tuple(told["spacing"])
         return CaseFacts(**{**told, "values": frozenset(told["values"]), "spacing": spacing})
     except (OSError, ValueError, TypeError, KeyError):  # not there, or not whole
         facts = check_case(source, label_values)
-    kept.write(path, lambda file: file.write(json.dumps(asdict(facts), default=sorted).encode()))
+    with suppress(OSError):  # what cannot be kept is learnt again
+        if file_digests(source) == digests:  # it did not change while it was read
+            kept.write(path, lambda file: file.write(json.dumps(asdict(facts), default=sorted).encode()))
     return facts
 
 
@@ -413,7 +417,13 @@ def check_cases(
     Raises:
       Problems: anything was found, and not `skip_bad`, or no case is good.
     """
-    facts = examine(sources, label_values, output and kept.folder_beside(output), workers)
+    folder = output and kept.folder_beside(output)
+    if output and folder and sources and not output.exists():  # told before the work
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"--output={output} cannot be written ({error.strerror}): choose another folder") from error
+    facts = examine(sources, label_values, folder, workers)
     for line in (line for fact in facts for line in fact.warnings):
         print(f"warning: {line}")
     found = [*problems, *(line for fact in facts for line in fact.problems)]

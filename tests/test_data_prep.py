@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -516,6 +518,38 @@ def test_what_the_check_keeps_of_a_case_is_what_it_learnt(acdc_folder, tmp_path)
         file.write_bytes(file.read_bytes()[:-9])
     assert facts == common.examine(sources, (0, 1, 2), tmp_path / "kept")
     assert facts != common.examine(sources, None, tmp_path / "kept")  # 3 may be there too
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_what_the_check_kept_is_not_taken_with_a_flipped_bit(acdc_folder, tmp_path, at):
+    folders = acdc.find_patients(acdc_folder)
+    sources, *_ = acdc.list_cases(folders, list(folders), {})
+    facts = common.examine(sources, (0, 1, 2), tmp_path / "kept")
+    for file in (tmp_path / "kept").iterdir():
+        content = bytearray(file.read_bytes())
+        content[content.index(b'"channels": 1') + 12] ^= 1 << at  # 0, 3 and 5 channels
+        file.write_bytes(content)
+    assert facts == common.examine(sources, (0, 1, 2), tmp_path / "kept")
+
+
+def test_a_place_that_cannot_be_written(acdc_folder, tmp_path, monkeypatch, capsys):
+    out, splits = tmp_path / "out", tmp_path / "splits.json"
+    acdc.prepare(acdc_folder, out, splits)
+    make = Path.mkdir
+
+    def read_only(path, *args, **kwargs):  # the user who runs the tests may be root
+        if path.parent == tmp_path:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        make(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    acdc.prepare(acdc_folder, out, splits)
+    assert "already prepared" in capsys.readouterr().out
+    read = []
+    monkeypatch.setattr(CaseSource, "image", read.append)
+    with pytest.raises(OSError, match=r"--output=.*/new cannot be written \(Read-only file system\): choose another"):
+        acdc.prepare(acdc_folder, tmp_path / "new", splits)
+    assert not read
 
 
 def test_processes_by_the_command_line(acdc_folder, tmp_path):

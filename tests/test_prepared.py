@@ -6,7 +6,9 @@ import itertools
 import json
 import os
 import re
+import resource
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -335,6 +337,93 @@ def test_one_that_ends_leaves_alone_what_another_is_at_work_with(tmp_path):
             kept.write_arrays(folder / "a.npz", {"a": np.arange(3)})
         assert kept.is_whole(folder / "a.npz")
     assert not folder.exists()
+
+
+def test_who_comes_as_another_ends_begins_a_folder_of_its_own(tmp_path, monkeypatch):
+    folder = kept.folder_beside(tmp_path / "out")
+    lock = fcntl.flock
+
+    def removed_before(*args):
+        monkeypatch.undo()
+        shutil.rmtree(folder)
+        lock(*args)
+
+    monkeypatch.setattr(fcntl, "flock", removed_before)
+    with kept.removed_when_done(folder):
+        kept.write_arrays(folder / "a.npz", {"a": np.arange(3)})
+        with kept.removed_when_done(folder):
+            pass
+        assert kept.is_whole(folder / "a.npz")
+
+
+def test_every_flipped_bit_of_a_kept_file_is_noticed(tmp_path):
+    kept.write_arrays(tmp_path / "a.npz", {"a": np.arange(3.0), "name": "b"})
+    content = (tmp_path / "a.npz").read_bytes()
+    assert kept.is_whole(tmp_path / "a.npz")
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "b.npz").write_bytes(flipped)
+        assert not kept.is_whole(tmp_path / "b.npz"), bit
+    (tmp_path / "b.npz").write_bytes(b"")
+    assert not kept.is_whole(tmp_path / "b.npz") and not kept.is_whole(tmp_path)
+
+
+def test_a_scan_that_changes_while_it_is_read_is_refused(tmp_path, sources, monkeypatch):
+    original = prepared._prepare_case
+
+    def copied_over(source, recipe):
+        if source.case_id == "p1_f1":
+            write_nifti(source.image_paths[0], np.arange(12 * 10 * 4, dtype="f4").reshape(12, 10, 4))
+        return original(source, recipe)
+
+    monkeypatch.setattr(prepared, "_prepare_case", copied_over)
+    with pytest.raises(ValueError, match=r"p1_f1.nii.gz: changed while it was read"):
+        write_prepared(tmp_path / "out", sources, RECIPE, PATIENTS, "toy")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_preparation_that_was_faster_is_not_taken_for_this_one(tmp_path, sources, monkeypatch):
+    original, coarse = prepared._write_records, replace(RECIPE, spacing=(None, 2.0, 2.0))
+
+    def late(*args):
+        monkeypatch.undo()
+        write_prepared(tmp_path / "out", sources, coarse, PATIENTS, "toy")
+        return original(*args)
+
+    monkeypatch.setattr(prepared, "_write_records", late)
+    with pytest.raises(ValueError, match="not made from these files with these options"):
+        write_prepared(tmp_path / "out", sources, RECIPE, PATIENTS, "toy")
+    assert open_prepared(tmp_path / "out").recipe == coarse
+
+
+@contextlib.contextmanager
+def files_no_larger_than(size):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_where_there_is_no_room_that_is_told(tmp_path, sources):
+    room = rf"^{tmp_path}/out.* could not be written \(File too large\): free some space"
+    for size in (1000, 20_000):  # bytes: less than a case that is kept; less than the records, in blocks of 64 KiB
+        with files_no_larger_than(size), pytest.raises(OSError, match=room):
+            write_prepared(tmp_path / "out", sources, RECIPE, PATIENTS, "toy")
+    write_prepared(tmp_path / "out", sources, RECIPE, PATIENTS, "toy")
+    shutil.rmtree(tmp_path / "out" / "cache")
+    with files_no_larger_than(1000), pytest.raises(OSError, match=room):
+        open_prepared(tmp_path / "out")
+    assert not (tmp_path / "out" / "cache").exists()
+
+
+def test_what_a_killed_one_left_goes_whatever_the_name(tmp_path):
+    left = tmp_path / f".a[1]*.partial-{socket.gethostname()}-{2**22 + 1}-x"  # no process has this number
+    left.mkdir()
+    prepared._partial_folder(tmp_path / "a[1]*")
+    assert not left.exists()
 
 
 def test_a_shard_ends_after_its_number_of_cases(tmp_path, sources, dataset, monkeypatch):

@@ -3,7 +3,7 @@
 The files lie beside the folder to be made, in `.NAME.partial-cases`, until that is whole. The name of each is a digest
 of all that decides its content: what the files of the case hold, how they are read, the recipe. So what has changed is
 made again, and preparations that run at the same time, or the workers of one on many machines, can share the folder. A
-file gets its name when it is whole.
+file gets its name when it is whole, and ends with the SHA-256 of what is before.
 """
 
 import dataclasses
@@ -14,13 +14,14 @@ import json
 import os
 import shutil
 import uuid
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+
+_DIGEST = hashlib.sha256().digest_size
 
 
 def folder_beside(output: Path) -> Path:
@@ -40,6 +41,10 @@ def removed_when_done(folder: Path) -> Iterator[Path]:
             return  # the last one removes it
         except OSError:
             pass
+        with suppress(OSError):
+            for path in folder.iterdir():
+                if path.name != "lock":  # last, so that until all is gone who comes waits
+                    path.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -51,7 +56,10 @@ def _locked(folder: Path) -> IO[str]:
             lock = open(folder / "lock", "w")
             with suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_SH)
-            return lock
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock")):
+                    return lock
+            lock.close()
 
 
 def digest(case: Any, *others: Any) -> str:
@@ -81,8 +89,10 @@ def write(path: Path, content: Callable[[IO[bytes]], Any]) -> None:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(partial, "xb") as file:
+            with open(partial, "x+b") as file:
                 content(file)
+                file.seek(0)
+                file.write(hashlib.file_digest(file, "sha256").digest())
             return os.replace(partial, path)
         except FileNotFoundError:
             continue  # the folder was removed by another preparation, which came to its end
@@ -95,10 +105,22 @@ def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     write(path, lambda file: np.savez(file, **arrays))
 
 
+def read(path: Path) -> bytes:
+    """The content that `write` gave to a file. Raises OSError, ValueError: it is not there, or not whole."""
+    if not is_whole(path):
+        raise ValueError(f"{path} is not whole")
+    return path.read_bytes()[:-_DIGEST]
+
+
 def is_whole(path: Path) -> bool:
-    """Whether `path` is an .npz file with all that was written to it: power may have failed as it was."""
+    """Whether `path` is there with all that was written to it: power may have failed as it was."""
+    digest, end = hashlib.sha256(), b""
     try:
-        with zipfile.ZipFile(path) as file:
-            return file.testzip() is None
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                end += block
+                digest.update(end[:-_DIGEST])
+                end = end[-_DIGEST:]
+    except OSError:
         return False
+    return end == digest.digest()

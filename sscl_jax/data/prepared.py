@@ -20,7 +20,9 @@ arithmetic, and a dataset larger than memory still trains. Labels are in files o
 stay closed until a label is asked for.
 """
 
+import errno
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -32,7 +34,7 @@ import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +48,7 @@ from sscl_jax.data.workers import Workers, map_ahead, spread
 
 SPLITS = ("train", "val", "test")
 FORMAT = 1  # raised when an older prepared folder can no longer be read
+_OTHER = "{} exists and was not made from these files with these options: delete it or choose another --output"
 CACHE_FILES = {"images.f32": 4, "labels.u8": 1, "native_labels.u8": 1}  # bytes per value
 
 
@@ -229,15 +232,12 @@ def write_prepared(
     inputs = _digest_inputs(sources, files, recipe_dict, patients, source_name)
     beside = kept.folder_beside(output)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        with kept.removed_when_done(beside):  # what the check has kept
+        with suppress(OSError), kept.removed_when_done(beside):  # what the check has kept
             pass
         if _made_from(output, inputs):
             print(f"{output}: already prepared from these files, nothing to do")
             return open_prepared(output)
-        raise ValueError(
-            f"{output} exists and was not made from these files with these options: "
-            "delete it or choose another --output"
-        )
+        raise ValueError(_OTHER.format(output))
     metadata = {
         "format": FORMAT,
         "version": package_version(),
@@ -250,11 +250,11 @@ def write_prepared(
     cases = []
     for source, digests in zip(sources, files, strict=True):
         name = kept.digest(source, digests, recipe_dict, FORMAT, package_version())
-        cases.append((source, recipe, beside / f"{name}.npz"))
+        cases.append((source, recipe, digests, beside / f"{name}.npz"))
     if taken := sum(path.exists() for *_, path in cases):
         print(f"{output}: {taken} of {len(cases)} cases were prepared before, and are taken")
     place = output.resolve()  # where --output is a link, it stays one
-    with kept.removed_when_done(beside):
+    with _told_of(output), kept.removed_when_done(beside):
         spread(_keep, cases, workers)
         if not isinstance(workers, int) and (missing := sum(not path.exists() for *_, path in cases)):
             print(f"{missing} cases are made here: the workers of the pipeline left none of them in {beside}")
@@ -264,12 +264,30 @@ def write_prepared(
                 written = _write_records(partial, sources, paths, metadata, workers)
             try:
                 os.rename(written, place)  # the mark of a whole dataset
-            except OSError:
-                if not _made_from(place, inputs):  # as another process has done in the meantime
+            except OSError as error:
+                if not place.exists():
                     raise
+                if not _made_from(place, inputs):  # as another process has done in the meantime
+                    raise ValueError(_OTHER.format(output)) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return open_prepared(output)
+
+
+@contextmanager
+def _told_of(folder: Path) -> Iterator[None]:
+    """A disk that is full as `folder` is written is told with its name and a remedy."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # RuntimeError: of ArrayRecord
+        told = map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+        for reason in (*told, "Not enough disk space"):  # the last by TFDS
+            if reason in str(error):
+                raise OSError(
+                    f"{folder} could not be written ({reason}): free some space, then run the same command again; it "
+                    "takes what is done"
+                ) from error
+        raise
 
 
 def _made_from(output: Path, inputs: str) -> bool:
@@ -367,11 +385,14 @@ def _prepare_case(source: CaseSource, recipe: Recipe) -> dict:
     }
 
 
-def _keep(case: tuple[CaseSource, Recipe, Path]) -> Path:
-    """Prepares one case to a file, unless a whole one is there; returns the file."""
-    source, recipe, path = case
+def _keep(case: tuple[CaseSource, Recipe, list, Path]) -> Path:
+    """Prepares one case, whose files have these digests, to a file, unless a whole one is there; returns the file."""
+    source, recipe, digests, path = case
     if not kept.is_whole(path):
-        kept.write_arrays(path, _prepare_case(source, recipe))
+        fields = _prepare_case(source, recipe)
+        if file_digests(source) != digests:
+            raise ValueError(f"{source.image_paths[0]}: changed while it was read: prepare again once all is in place")
+        kept.write_arrays(path, fields)
     return path
 
 
@@ -422,7 +443,7 @@ def package_version() -> str:
 def _partial_folder(target: Path) -> Path:
     """A new folder beside `target` to write it in. Removes those that killed processes left."""
     prefix = f".{target.name}.partial-{socket.gethostname()}-"
-    for left in target.parent.glob(f"{prefix}*"):
+    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
         if not _is_running(left.name.removeprefix(prefix).split("-")[0]):
             shutil.rmtree(left, ignore_errors=True)
     # Not mkdtemp, whose folders nobody else may read.
@@ -460,7 +481,7 @@ def open_prepared(path: Path) -> PreparedDataset:
     path = Path(path)
     metadata = _read_metadata(path)
     if not metadata:
-        left = list(path.parent.glob(f".{path.name}.partial-*")) if path.parent.is_dir() else []
+        left = list(path.parent.glob(f".{glob.escape(path.name)}.partial-*")) if path.parent.is_dir() else []
         why = "its preparation was stopped half-way" if left else "nothing was prepared there"
         raise FileNotFoundError(
             f"{path} is not a prepared dataset ({why}): run `python -m data_prep.acdc` or "
@@ -483,7 +504,8 @@ def open_prepared(path: Path) -> PreparedDataset:
         except OSError as error:
             reason = error  # read-only: try the next place
             continue
-        _fill_cache(cache, partial, path, metadata["inputs"])
+        with _told_of(cache):
+            _fill_cache(cache, partial, path, metadata["inputs"])
         index = _read_index(cache, metadata["inputs"])
         if index is not None:
             return PreparedDataset(path, metadata, cache, index)
@@ -526,14 +548,9 @@ def _fill_cache(cache: Path, partial: Path, path: Path, inputs: str) -> None:
     Processes that do so at the same time each write their own; the first one's is kept.
     """
     try:
-        files = {name: open(partial / name, "wb") for name in CACHE_FILES}
-        cases = []
-        try:
-            for split, record in _records(path):
-                cases.append(_append_case(files, split, record))
-        finally:
-            for file in files.values():
-                file.close()
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(open(partial / name, "wb")) for name in CACHE_FILES}
+            cases = [_append_case(files, split, record) for split, record in _records(path)]
         sizes = {name: (partial / name).stat().st_size for name in CACHE_FILES}
         content = {"inputs": inputs, "bytes": sizes, "cases": cases}
         (partial / "index.json").write_text(json.dumps(content))
