@@ -191,6 +191,11 @@ def _digest(tree: dict[str, Any]) -> str:
 
 def _check_shapes(saved: dict[str, list[int]], wanted: dict[str, list[int]], path: Path) -> None:
     names = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
+    if own := [name for name in names if "/" not in name]:  # fields of the state itself, no arrays of a network
+        raise ValueError(
+            f"{path} was saved by another version of sscl_jax (differs in: {', '.join(own)}). Use the version that "
+            "run.json of the training names, or train anew in another --workdir."
+        )
     if names:
         lines = [f"{n}: saved {saved.get(n, 'absent')}, wanted {wanted.get(n, 'absent')}" for n in names]
         more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""

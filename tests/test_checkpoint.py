@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from sscl_jax import checkpoint
 from sscl_jax.checkpoint import Checkpoints
 from sscl_jax.train_state import TrainState
 
@@ -66,6 +67,15 @@ def test_best_keeps_one(tmp_path):
 
 def test_an_empty_folder_restores_nothing(tmp_path):
     assert Checkpoints(tmp_path, "last").restore(make_state()) is None
+
+
+def test_a_checkpoint_of_another_version_is_told_from_one_of_another_network(tmp_path, monkeypatch):
+    tree = checkpoint._to_tree
+    with monkeypatch.context() as patch:  # the state before it held the seed
+        patch.setattr(checkpoint, "_to_tree", lambda s: {name: v for name, v in tree(s).items() if name != "seed"})
+        Checkpoints(tmp_path, "last").save(make_state(1), {})
+    with pytest.raises(ValueError, match=r"last/1 was saved by another version of sscl_jax \(differs in: seed\)"):
+        Checkpoints(tmp_path, "last").restore(make_state())
 
 
 def data_file(folder):
