@@ -3,7 +3,7 @@
     python -m data_prep.check DIR
 
 DIR is a prepared dataset, a folder in the layout of any preparer (`python -m data_prep --help` lists them), any folder
-of NIfTI files (a mask is called as its image, with _gt, _seg, _mask or _label behind it), or a CSV list as
+of NIfTI files (a mask is called as its image, with _gt, _seg, _mask, _label or .seg behind it), or a CSV list as
 data_prep.folder takes it. Forms and modalities that make a data set each are reported one after the other.
 
 An error makes a case useless, a warning is to be looked at. `prepare` of every layout makes the same checks. Below them

@@ -4,7 +4,8 @@
     python -m data_prep.folder --csv FILE --output data/mine
 
 DIR holds `images/` and `labels/` (or `imagesTr/` and `labelsTr/`). An image is a NIfTI, NRRD or MetaImage file, or a
-folder with the slices of one DICOM series; so is a mask, which has the name of its image. Several channels of an image
+folder with the slices of one DICOM series; so is a mask, which has the name of its image, or that with _gt, _label,
+_seg, _mask or .seg behind it. Several channels of an image
 are files of their own, named as in nnU-Net: a_0000, a_0001, ... with the mask a; or, with --channels, they are the
 fourth axis of one file. An image without a mask is an unlabelled case. FILE has the columns image and, as far as you
 like, label, patient and split; its paths are relative to its own folder, and an empty label makes an unlabelled case.
@@ -193,8 +194,10 @@ def list_folder(folder: Path) -> tuple[list[Scan], list[str]]:
             f"{folder} has no folder images/: put images there and masks into labels/, or use --csv"
         )
     masks, problems = common.by_stem(common.scan_files(labels))
+    files = common.scan_files(images)
+    masks = _named_as_images(masks, files)
     scans: list[Scan] = []
-    for case_id, paths in group_channels(common.scan_files(images), masks).items():
+    for case_id, paths in group_channels(files, masks).items():
         stems = [formats.stem(path) for path in paths]
         channels = stems[0] != case_id
         if len(set(stems)) < len(stems) or (not channels and len(stems) > 1):
@@ -208,6 +211,17 @@ def list_folder(folder: Path) -> tuple[list[Scan], list[str]]:
         for path in masks.values()
     ]
     return scans, problems
+
+
+def _named_as_images(masks: dict[str, Path], images: Sequence[Path]) -> dict[str, Path]:
+    """Masks by the name of their image, if theirs is that with one of `formats.MASK_ENDINGS` behind it."""
+    cases = {name for stem in map(formats.stem, images) for name in (stem, re.sub(r"_\d{4}$", "", stem))}
+    named = {name: path for name, path in masks.items() if name in cases}
+    for name, path in masks.items():
+        ending = next((e for e in formats.MASK_ENDINGS if name.endswith(e)), "")
+        case = name.removesuffix(ending)
+        named.setdefault(case if case in cases and case not in named else name, path)
+    return named
 
 
 def _told_shape(path: Path) -> str:

@@ -575,3 +575,32 @@ def test_scans_that_are_not_taken_are_no_matter_of_a_remark(tmp_path):
         assert sum(f"images/{name}: is a" in line and text in line for line in lines) == 1, name
     assert len(lines) == 3
     assert [path.name for path in folder.other_files(base)] == ["empty", "notes.txt"]
+
+
+# --- What hospitals have --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["_seg.nii.gz", "_gt.nii.gz", ".seg.nrrd"])
+def test_masks_whose_names_say_that_they_are(tmp_path, ending):
+    base = write_pairs(tmp_path / "in", ["a_0000", "b"])
+    for name, seed in (("a", 0), ("b", 1)):
+        (base / "labels" / f"{'a_0000' if name == 'a' else name}.nii.gz").unlink()
+        path = base / "labels" / f"{name}{ending}"
+        if ending.endswith(".nrrd"):
+            sitk = pytest.importorskip("SimpleITK")
+            mask = sitk.GetImageFromArray(label(seed).T)
+            mask.SetSpacing((1.25, 1.25, 10.0))
+            sitk.WriteImage(mask, str(path))
+        else:
+            write(path, label(seed))
+    dataset = folder.prepare(tmp_path / "out", base, **ALL_TRAIN)
+    for case in dataset.cases:
+        seed = ["a", "b"].index(case.case_id)
+        np.testing.assert_array_equal(dataset.native_label(case.index), label(seed))
+
+
+def test_two_masks_of_an_image_are_not_chosen_silently(tmp_path):
+    base = write_pairs(tmp_path / "in", ["a", "b"])
+    write(base / "labels" / "a_seg.nii.gz", label(3))
+    (line,) = problems_of(base, tmp_path)
+    assert "a_seg.nii.gz: has no image of that name" in line

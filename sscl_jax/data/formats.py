@@ -32,7 +32,8 @@ ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 H5 = (".h5", ".hdf5")
 DICOM = (".dcm", ".ima")
 SUFFIXES = (*NIFTI, *ITK)  # of files that are whole scans
-MASK_ENDINGS = ("_gt", "_label", "_seg", "_mask")  # behind the name of a scan, in that of its mask
+# Behind the name of a scan, in that of its mask; .seg is 3D Slicer's, of .seg.nrrd.
+MASK_ENDINGS = ("_gt", "_label", "_seg", "_mask", ".seg")
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 UNEQUAL = 0.05  # of the slices' distance: by how much one of them may differ
