@@ -76,6 +76,8 @@ def check(path: Path) -> list[Findings]:
     scans, problems = list_nifti(path)
     if scans:
         return [check_scans("folder of NIfTI files", scans, problems, [])]
+    if path.is_file():
+        raise ValueError(f"{path}: is no list that is known: save it as CSV, with the ending .csv")
     raise FileNotFoundError(
         f"{path}: nothing there that is known ({_few([p.name for p in sorted(path.glob('*'))]) or 'empty'}): give the "
         "folder of a data set, as `python -m data_prep` lists them"

@@ -152,26 +152,27 @@ def read_splits(path: Path) -> dict[str, list[str]]:
 def tell_missing(patients: dict[str, list[str]], present: Collection[str], splits: Path) -> None:
     """Prints which patients of a split file are absent, and which present ones it leaves out; see `require_train`."""
     require_train(patients, present, splits)
-
-    def few(names: list[str]) -> str:
-        return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
     for split, ids in patients.items():
         missing = [patient for patient in ids if patient not in present]
         if missing:
-            print(f"missing: {len(missing)} of {len(ids)} {split} patients ({few(missing)})")
+            print(f"missing: {len(missing)} of {len(ids)} {split} patients ({_few(missing)})")
     unlisted = sorted(set(present).difference(*patients.values()))
     if unlisted:
-        print(f"ignored: {len(unlisted)} patients that are in no split ({few(unlisted)})")
+        print(f"ignored: {len(unlisted)} patients that are in no split ({_few(unlisted)})")
 
 
 def require_train(patients: dict[str, list[str]], present: Collection[str], splits: Path) -> None:
     """Raises ValueError if no train patient of a split file is present."""
     if not set(present).intersection(patients["train"]):
+        train = patients["train"]
         raise ValueError(
-            f"none of the {len(patients['train'])} train patients of {splits} is in the input: "
-            "check --input, or give --splits a file that lists your patients"
+            f"none of the {len(train)} train patients of {splits} ({_few(train)}) is in the input "
+            f"({_few(sorted(present)) or 'nobody'}): check --input, or give --splits a file that lists your patients"
         )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def put_into_splits(
@@ -292,9 +293,11 @@ def _label_problems(
     offset = corners @ (label_affine - affine)[:3, :3].T + (label_affine - affine)[:3, 3]
     apart = np.linalg.norm(offset, axis=1).max()
     if apart > max(AFFINE_TOLERANCE * max(shape), 0.05) * voxel.min():
+        own, other = ("".join(nibabel.aff2axcodes(each)) for each in (label_affine, affine))
+        turned = "" if own == other else f" (its axes run {own}, those of the image {other})"
         return [
             f"{source.label_path}: lies up to {apart:.3g} mm away from its image "
-            f"{source.image_paths[0]} by their affines: resample the mask to the image's grid, or "
+            f"{source.image_paths[0]} by their affines{turned}: resample the mask to the image's grid, or "
             "copy the image's affine if only the header is wrong"
         ]
     return []

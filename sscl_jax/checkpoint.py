@@ -200,7 +200,8 @@ def _check_shapes(saved: dict[str, list[int]], wanted: dict[str, list[int]], pat
         lines = [f"{n}: saved {saved.get(n, 'absent')}, wanted {wanted.get(n, 'absent')}" for n in names]
         more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
         raise ValueError(
-            f"{path} is of another network or label set than the config asks for. {'; '.join(lines[:5])}{more}. "
+            f"{path} is of another network or label set than the config asks for, or of another version of sscl_jax. "
+            f"{'; '.join(lines[:5])}{more}. "
             "Use the config it was trained with, or another --workdir."
         )
 

@@ -604,3 +604,32 @@ def test_two_masks_of_an_image_are_not_chosen_silently(tmp_path):
     write(base / "labels" / "a_seg.nii.gz", label(3))
     (line,) = problems_of(base, tmp_path)
     assert "a_seg.nii.gz: has no image of that name" in line
+
+
+def test_a_mask_turned_against_its_image_names_both_directions(tmp_path):
+    base = write_pairs(tmp_path / "in", ["a"])
+    mask = base / "labels" / "a.nii.gz"
+    nibabel.save(nibabel.as_closest_canonical(nibabel.load(mask)), mask)
+    (line,) = problems_of(base, tmp_path)
+    assert "(its axes run RAS, those of the image LPS)" in line
+
+
+def test_a_split_file_with_other_names_shows_both(tmp_path):
+    base = write_pairs(tmp_path / "in", ["p01_a", "p02_a"])
+    (tmp_path / "s.json").write_text(json.dumps({"train": ["P01", "P02"]}))
+    with pytest.raises(ValueError, match=r"\(P01, P02\) is in the input \(p01_a, p02_a\)"):
+        folder.prepare(tmp_path / "out", base, splits=tmp_path / "s.json")
+
+
+def test_a_workbook_is_no_list(tmp_path):
+    (tmp_path / "list.xlsx").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match=r"list.xlsx: is no list that is known: save it as CSV"):
+        check.check(tmp_path / "list.xlsx")
+
+
+def test_a_folder_with_the_name_of_a_scan(tmp_path):
+    base = write_pairs(tmp_path / "in", ["a", "b"])
+    (base / "images" / "a.nii.gz").rename(tmp_path / "a.nii.gz")
+    (base / "images" / "a.nii.gz").mkdir()
+    lines = problems_of(base, tmp_path)
+    assert any("a.nii.gz: a folder, and no DICOM file there; give a file" in line for line in lines)

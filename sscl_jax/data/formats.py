@@ -289,7 +289,9 @@ def sort_slices(folder: Path, one_series: bool = True) -> tuple[list[Path], np.n
     folder = Path(folder)
     files = [path for path in sorted(folder.iterdir()) if is_dicom(path)] if folder.is_dir() else []
     if not files:
-        raise FileNotFoundError(f"{folder}: no DICOM file there; give the folder that holds the slices")
+        raise FileNotFoundError(
+            f"{folder}: a folder, and no DICOM file there; give a file, or the folder that holds the slices"
+        )
     slices = [_read_slice(path) for path in files]
     if one_series and len({s.series for s in slices}) > 1:
         names = {s.series: s.title for s in slices}
