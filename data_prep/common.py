@@ -36,6 +36,7 @@ MANY_LABELS = 50  # different values in one mask, beyond which it may be an imag
 SHEARED = ".*the affine is sheared"  # of `nifti.read_image`; the check tells it in its own list
 ANISOTROPY = 1.5  # voxels that are longer by this factor along one axis than along both others make thick slices
 VOXEL_SIZES = (0.01, 50.0)  # mm, beyond which a header is doubtful
+LOWEST_MR = -500.0  # below which an image is taken for CT: some MR is z-scored, and so a little below 0
 ANATOMY = ("left-right", "front-back", "foot-head")
 
 
@@ -58,6 +59,7 @@ class CaseFacts:
       values: label values of its mask, empty when it has none.
       spacing: mm along left-right, front-back, foot-head; None if the image cannot be read.
       digest: of the image's voxels, "" if it cannot be read.
+      lowest: value of the image, None if it cannot be read.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -66,6 +68,7 @@ class CaseFacts:
     values: frozenset[int] = frozenset()
     spacing: tuple[float, float, float] | None = None
     digest: str = ""
+    lowest: float | None = None
 
 
 def run(main: Callable[[list[str] | None], None]) -> None:
@@ -194,7 +197,7 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
     problems, warned = [], []
     name = source.image_paths[0]
     shape = affine = spacing = None
-    channels, digest = 0, ""
+    channels, digest, lowest = 0, "", None
     try:
         array, affine = source.image()
         shape, channels = array.shape[:3], array.shape[3]
@@ -205,7 +208,7 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
             if part.min() == part.max():
                 which = f" of channel {channel}" if channels > 1 else ""
                 problems.append(f"{name}: every voxel{which} is {part.flat[0]:g}: replace or remove the file")
-        digest = _digest(array)
+        digest, lowest = _digest(array), float(array.min())
         del array
     except (ValueError, OSError) as error:
         problems.append(_with_name(name, error))
@@ -229,7 +232,7 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
                 )
         except (ValueError, OSError) as error:
             problems.append(_with_name(source.label_path, error))
-    return CaseFacts(problems, warned, channels, values, spacing, digest)
+    return CaseFacts(problems, warned, channels, values, spacing, digest, lowest)
 
 
 def _digest(array: np.ndarray) -> str:
@@ -396,6 +399,20 @@ def _warn_of_doubles(sources: Sequence[CaseSource], facts: Sequence[CaseFacts]) 
             )
 
 
+def modality_warnings(sources: Sequence[CaseSource], facts: Sequence[CaseFacts], modality: str) -> list[str]:
+    """A warning if images are not what their modality has: CT in HU reaches -1000 in air, magnitudes of MR are >= 0."""
+
+    def told(which: list[Path], what: str) -> list[str]:
+        return [f"{len(which)} of {len(facts)} images {what} ({_few([p.name for p in which])})"] if which else []
+
+    lowest = [(source.image_paths[0], fact.lowest) for source, fact in zip(sources, facts, strict=True)]
+    if modality == "ct":
+        above = [path for path, low in lowest if low is not None and low >= 0]
+        return told(above, "hold nothing below 0, as CT in HU does: make sure that they are CT, and not off by 1024")
+    below = [path for path, low in lowest if low is not None and low < LOWEST_MR]
+    return told(below, f"reach below {LOWEST_MR:g}, as CT in HU does, and are taken as MR: give --modality=ct if wrong")
+
+
 def check_cases(
     sources: Sequence[CaseSource],
     label_values: Sequence[int] | None = None,
@@ -467,7 +484,9 @@ def build(
       ValueError: see `write_prepared`.
     """
     sources = put_into_splits(sources, patients)
-    good, _, found = check_cases(sources, recipe.label_values, problems, skip_bad, output, workers)
+    good, facts, found = check_cases(sources, recipe.label_values, problems, skip_bad, output, workers)
+    for line in modality_warnings(good, facts, recipe.intensity):
+        print(f"warning: {line}")
     dataset = write_prepared(output, good, recipe, patients, name, found, workers)
     print(summary(dataset))
     return dataset
@@ -524,9 +543,12 @@ def class_rows(
 
 
 def absent_classes(held: Sequence[tuple[str, Collection[int]]], names: dict[int, str]) -> list[str]:
-    """A warning for each class that no mask of the train split holds; see `class_rows`."""
+    """A warning for each class that no mask of the train split holds, background among them; see `class_rows`."""
     learnt = {value for split, values in held if split == "train" for value in values}
-    return [
+    open_ground = [
+        "no train mask holds background (label value 0): if another value means it, write 0 there in the masks"
+    ]
+    return (open_ground if learnt and 0 in names and 0 not in learnt else []) + [
         f"class {name} (label value {value}) is in no train mask, so it cannot be learnt: change the splits, or leave "
         "the class out"
         for value, name in names.items()

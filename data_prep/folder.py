@@ -155,6 +155,8 @@ def prepare(
                 "masks, in labels/ by the name of their image, or give --label_values"
             )
     orientation, grid_spacing = fit_grid(facts, orientation, spacing)
+    for line in common.modality_warnings(sources, facts, modality):
+        print(f"warning: {line}")
     recipe = Recipe(
         orientation=orientation,
         spacing=grid_spacing,

@@ -103,6 +103,8 @@ def prepare(
         names = {value: f"label {value}" for value in sorted(set().union(*(fact.values for fact in facts)) - {0})}
         names = {0: "background", **names}
     orientation, grid_spacing = folder.fit_grid(facts, orientation, spacing)
+    for line in common.modality_warnings(sources, facts, modality):
+        print(f"warning: {line}")
     recipe = Recipe(
         orientation=orientation,
         spacing=grid_spacing,

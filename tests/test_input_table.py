@@ -633,3 +633,36 @@ def test_a_folder_with_the_name_of_a_scan(tmp_path):
     (base / "images" / "a.nii.gz").mkdir()
     lines = problems_of(base, tmp_path)
     assert any("a.nii.gz: a folder, and no DICOM file there; give a file" in line for line in lines)
+
+
+def test_a_header_without_directions_is_told(tmp_path, capsys):
+    base = write_pairs(tmp_path / "in", ["a", "b"])
+    nibabel.save(nibabel.Nifti1Image(image(), None), base / "images" / "a.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(label(), None), base / "labels" / "a.nii.gz")
+    folder.prepare(tmp_path / "out", base, **ALL_TRAIN)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "directions" in line]
+    assert "a.nii.gz: its header gives no directions" in line and "axes LAS and voxels of 1 x 1 x 1 mm" in line
+
+
+def test_masks_that_hold_no_background_are_told(tmp_path, capsys):
+    base = write_pairs(tmp_path / "in", ["a", "b"])
+    folder.prepare(tmp_path / "out", base, **ALL_TRAIN)
+    assert "holds background" not in capsys.readouterr().out
+    for name in ("a", "b"):
+        write(base / "labels" / f"{name}.nii.gz", label(values=(1, 2)))
+    folder.prepare(tmp_path / "other", base, **ALL_TRAIN)
+    assert "no train mask holds background (label value 0)" in capsys.readouterr().out
+
+
+def test_ct_taken_for_mr_and_mr_for_ct_are_told(tmp_path, capsys):
+    base = write_pairs(tmp_path / "in", ["a", "b", "c"])
+    ct = image()
+    ct[0] = -1000
+    write(base / "images" / "b.nii.gz", ct)
+    for modality, expected in (
+        ("mr", "1 of 3 images reach below -500, as CT in HU does, and are taken as MR: give --modality=ct"),
+        ("ct", "2 of 3 images hold nothing below 0, as CT in HU does"),
+    ):
+        folder.prepare(tmp_path / modality, base, modality=modality, **ALL_TRAIN)
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "CT in HU" in line]
+        assert expected in line and ("b.nii.gz" in line) == (modality == "mr")

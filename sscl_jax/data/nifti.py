@@ -184,7 +184,7 @@ def shear_warning(path: str | Path, affine: np.ndarray) -> str:
 
 @np.errstate(all="ignore")  # `check_affine` refuses what is not finite
 def header_warning(path: str | Path) -> str:
-    """What to tell of a file whose header gives two directions or voxel sizes, "" if they agree.
+    """What to tell of a file whose header gives no directions, or two directions or voxel sizes, else "".
 
     A sform of unit steps along the axes, as that of ACDC, counts as left empty.
     """
@@ -192,6 +192,12 @@ def header_warning(path: str | Path) -> str:
     header = image.header
     _keep_zero_sizes(header, Path(path))
     sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
+    if sform is None and qform is None:
+        axes, sizes = "".join(nib.aff2axcodes(image.affine)), _sizes(voxel_sizes(_affine(header)))
+        return (
+            f"{path}: its header gives no directions (qform and sform code 0): axes {axes} and voxels of {sizes} mm "
+            "are taken; make sure that they are, or convert the scan again"
+        )
     if sform is None or np.array_equal(np.abs(sform[:3, :3]), np.eye(3)):
         return ""
     sizes, pixdim = voxel_sizes(sform), np.abs(np.asarray(header["pixdim"][1:4], np.float64))
