@@ -61,7 +61,9 @@ def find_scans(path: Path, channels: int = 1) -> list[Scan]:
     groups = _by_case(found) if channels > 1 else {p: [p] for p in found}
     scans: dict[Path, Scan] = {}
     for case, paths in groups.items():
-        scan = Scan(tuple(paths), _mask_name(case, paths[0]).relative_to(root))
+        # The folder itself can be a scan: one with DICOM slices, beside other scans.
+        below = path.parent if paths == [path] else root
+        scan = Scan(tuple(paths), _mask_name(case, paths[0]).relative_to(below))
         other = scans.setdefault(scan.mask, scan)
         if other != scan:
             raise ValueError(f"{scan.paths[0]}, {other.paths[0]}: the masks of both would be {scan.mask}; rename one.")

@@ -510,6 +510,10 @@ def test_scans_of_a_folder(tmp_path):
     assert predict.find_scans(tmp_path / "sub" / "p1") == [
         predict.Scan((tmp_path / "sub" / "p1",), predict.Path("p1.nii.gz"))
     ]
+    # The folder that is given can hold a series itself, beside others.
+    write_series(tmp_path / "study" / "sub")
+    write_series(tmp_path / "study")
+    assert listing(tmp_path / "study") == [(["."], "study.nii.gz"), (["sub"], "sub.nii.gz")]
     (tmp_path / "a.mha").write_bytes(b"")
     with pytest.raises(ValueError, match=r"the masks of both would be a\.nii\.gz"):
         predict.find_scans(tmp_path)
