@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,14 @@ def predict_file(
     nifti.write_mask(output, mask, affine, header)
 
 
+def _tell_doubts(paths: Sequence[Path], warned: Sequence[str]) -> None:
+    """Prints what makes a mask doubtful, with the scan's name: what was warned of, and headers as the check does."""
+    headers = [nifti.header_warning(p) for p in paths if p.is_file() and p.name.lower().endswith(formats.NIFTI)]
+    for line in (line for line in (*warned, *headers) if line):
+        named = line if any(str(p) in line for p in paths) else f"{paths[0]}: {line}"
+        print(f"warning: {named}", file=sys.stderr, flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `sscl-predict`."""
     parser = cli.make_parser("sscl_jax.predict", __doc__)
@@ -194,8 +203,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             if target.resolve() in originals:
                 raise ValueError(f"{target}: the mask would replace a scan; choose another --output.")
-            predict_file(network, predict, scan.paths, target)
+            with warnings.catch_warnings(record=True) as found:
+                predict_file(network, predict, scan.paths, target)
             print(f"{target}  {time.monotonic() - start:.2f} s", flush=True)
+            _tell_doubts(scan.paths, [str(each.message) for each in found])
         except (ValueError, OSError) as error:
             failed += 1
             print(f"error: {error}", file=sys.stderr, flush=True)

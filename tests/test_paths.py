@@ -1,6 +1,7 @@
 """Names of files and folders: whatever they are, nothing is written outside the output folder."""
 
 import csv
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -170,3 +171,22 @@ def test_a_name_that_is_not_unicode_is_segmented(stub, tmp_path):
         pytest.skip("this file system takes Unicode only")
     run_predict(tmp_path / "in", tmp_path / "out")
     assert (tmp_path / "out" / scan.name).is_file()
+
+
+def test_what_makes_a_mask_doubtful_is_told_with_the_name_of_the_scan(stub, tmp_path, capsys):
+    scan = np.random.default_rng(0).normal(100, 20, (6, 5, 4)).astype("f4")
+    for name, array, affine in (
+        ("flat", np.ones_like(scan), np.eye(4)),
+        ("bare", scan, None),
+        ("good", scan, np.eye(4)),
+    ):
+        path = tmp_path / "in" / f"{name}.nii.gz"
+        path.parent.mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(array, affine), path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # as it is for a user
+        run_predict(tmp_path / "in", tmp_path / "out")
+    told = sorted(line for line in capsys.readouterr().err.splitlines())
+    assert len(told) == 2 and all(line.startswith(f"warning: {tmp_path / 'in'}") for line in told)
+    assert "bare.nii.gz: its header gives no directions" in told[0]
+    assert "flat.nii.gz: channel 0 of the image is constant" in told[1]
