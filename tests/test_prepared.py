@@ -356,6 +356,16 @@ def test_who_comes_as_another_ends_begins_a_folder_of_its_own(tmp_path, monkeypa
         assert kept.is_whole(folder / "a.npz")
 
 
+def test_where_the_folder_is_a_link_what_that_leads_to_stays(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("thesis.txt", "lock"):
+        (tmp_path / "elsewhere" / name).write_text("keep")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with kept.removed_when_done(tmp_path / "link"):
+        pass
+    assert files_of(tmp_path / "elsewhere") == {"thesis.txt": b"keep", "lock": b"keep"}
+
+
 def test_every_flipped_bit_of_a_kept_file_is_noticed(tmp_path):
     kept.write_arrays(tmp_path / "a.npz", {"a": np.arange(3.0), "name": "b"})
     content = (tmp_path / "a.npz").read_bytes()

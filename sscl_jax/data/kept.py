@@ -41,6 +41,8 @@ def removed_when_done(folder: Path) -> Iterator[Path]:
             return  # the last one removes it
         except OSError:
             pass
+        if folder.is_symlink():  # someone else's
+            return
         with suppress(OSError):
             for path in folder.iterdir():
                 if path.name != "lock":  # last, so that until all is gone who comes waits
@@ -53,7 +55,7 @@ def _locked(folder: Path) -> IO[str]:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # the folder was removed by another preparation, which came to its end
-            lock = open(folder / "lock", "w")
+            lock = open(folder / "lock", "a")
             with suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_SH)
             with suppress(FileNotFoundError):
