@@ -363,7 +363,7 @@ def _facts(case: tuple[CaseSource, Sequence[int] | None, Path | None]) -> CaseFa
         folder = None  # the check tells which file it is, and why
     if folder is None:
         return check_case(source, label_values)
-    path = folder / f"{kept.digest(source, digests, label_values, package_version())}.json"
+    path = folder / f"{kept.digest(source, digests, label_values, check_case, package_version())}.json"
     try:
         told = json.loads(kept.read(path))
         spacing = told["spacing"] and tuple(told["spacing"])

@@ -356,6 +356,40 @@ def test_who_comes_as_another_ends_begins_a_folder_of_its_own(tmp_path, monkeypa
         assert kept.is_whole(folder / "a.npz")
 
 
+class Scaled:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def read(self, path):
+        array, affine = formats.read_image(path)
+        return array * self.factor, affine
+
+
+def test_what_is_kept_is_named_by_the_reader_and_its_code(sources, tmp_path, monkeypatch):
+    def name(**fields):
+        return kept.digest(replace(sources[0], **fields))
+
+    assert name() == name()
+    # Two that share all but what they do: the same method, the same place in memory.
+    assert name(read_image=Scaled(1).read) != name(read_image=Scaled(2).read)
+    assert len({name(read_image=lambda path, n=n: n) for n in range(5)}) == 5
+    exec("def read(path): ...", cell := {"__name__": "a notebook"})  # may be defined otherwise at any time
+    assert name(read_image=cell["read"]) != name(read_image=cell["read"])
+    before = name()
+    monkeypatch.setattr(kept, "_code", lambda path: "changed" if path.endswith("recipe.py") else "")
+    changed = name()
+    monkeypatch.setattr(kept, "_code", lambda path: "")
+    assert len({before, changed, name()}) == 3
+    monkeypatch.undo()
+    (tmp_path / "reader_of_test.py").write_text("def read(path): ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    reader = importlib.import_module("reader_of_test")
+    first = name(read_image=reader.read)
+    (tmp_path / "reader_of_test.py").write_text("def read(path): return None")
+    kept._code.cache_clear()  # as in another process
+    assert name(read_image=reader.read) != first
+
+
 def test_where_the_folder_is_a_link_what_that_leads_to_stays(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     for name in ("thesis.txt", "lock"):

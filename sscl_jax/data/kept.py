@@ -1,18 +1,20 @@
 """What a preparation has done so far, by case, so that one that was killed goes on where it was.
 
 The files lie beside the folder to be made, in `.NAME.partial-cases`, until that is whole. The name of each is a digest
-of all that decides its content: what the files of the case hold, how they are read, the recipe. So what has changed is
-made again, and preparations that run at the same time, or the workers of one on many machines, can share the folder. A
-file gets its name when it is whole, and ends with the SHA-256 of what is before.
+of all that decides its content: what the files of the case hold, how they are read, the recipe, the code. So what has
+changed is made again, and preparations that run at the same time, or the workers of one on many machines, can share the
+folder. A file gets its name when it is whole, and ends with the SHA-256 of what is before.
 """
 
 import dataclasses
 import fcntl
 import functools
 import hashlib
+import inspect
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -65,9 +67,10 @@ def _locked(folder: Path) -> IO[str]:
 
 
 def digest(case: Any, *others: Any) -> str:
-    """sha256 (hex) of the fields of `case`, its readers among them by their names, and of `others`."""
+    """sha256 (hex) of the fields of `case`, its readers among them, of `others`, and of the code that prepares."""
     fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
-    text = json.dumps([type(case).__qualname__, fields, others], sort_keys=True, default=_plain)
+    code = [_code(str(path)) for path in sorted(Path(__file__).parent.glob("*.py"))]
+    text = json.dumps([type(case), fields, others, code], sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -80,9 +83,21 @@ def _plain(value: Any) -> Any:
         return [value.func, value.args, value.keywords]
     if isinstance(value, set):
         return "set"  # in which a reader notes what it has told
+    if inspect.ismethod(value):
+        return [value.__func__, value.__self__]
     name = getattr(value, "__qualname__", "<")
-    # What such a name does not tell apart has an address in its repr, so it is not taken again.
-    return repr(value) if "<" in name else f"{value.__module__}.{name}"
+    file = getattr(sys.modules.get(getattr(value, "__module__", "")), "__file__", None)  # none in a notebook
+    if "<" not in name and file:
+        return [value.__module__, name, _code(file)]
+    text = repr(value)
+    # An address tells nothing apart: another function may lie there next. What has one is never taken again.
+    return uuid.uuid4().hex if " at 0x" in text else text
+
+
+@functools.cache
+def _code(path: str) -> str:
+    """sha256 (hex) of a source file: between two releases the version of the package stays as it is."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def write(path: Path, content: Callable[[IO[bytes]], Any]) -> None:
