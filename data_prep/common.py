@@ -359,7 +359,7 @@ def _facts(case: tuple[CaseSource, Sequence[int] | None, Path | None]) -> CaseFa
     source, label_values, folder = case
     try:
         digests = file_digests(source)
-    except OSError:
+    except (OSError, ValueError):
         folder = None  # the check tells which file it is, and why
     if folder is None:
         return check_case(source, label_values)

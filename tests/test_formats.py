@@ -7,6 +7,7 @@ import pytest
 import SimpleITK as sitk
 
 from configs import base
+from data_prep import common
 from sscl_jax import predict
 from sscl_jax.data import formats, nifti
 from sscl_jax.data.prepared import CaseSource, write_prepared
@@ -99,6 +100,16 @@ def test_all_files_that_hold_the_voxels_of_a_header(tmp_path):
     (tmp_path / "list.mhd").write_text(headers["list.mhd"].rstrip())
     with pytest.raises(ValueError, match=r"list\.mhd: lists 4 files, each on a line that ends, for 5 slices"):
         formats.read_image(tmp_path / "list.mhd")
+
+
+@pytest.mark.parametrize("data", ["scan.mhd", ".", "s%02d.raw 1 5 0"])
+def test_a_header_that_leads_nowhere_is_told_by_the_check(data, tmp_path):
+    """It names itself, a folder, or counts in steps of 0, by which ITK divides."""
+    header = f"NDims = 3\nDimSize = 7 6 5\nElementSpacing = 1 1 2\nElementType = MET_SHORT\nElementDataFile = {data}"
+    (tmp_path / "scan.mhd").write_text(header)
+    source = CaseSource("a", "a", "train", (tmp_path / "scan.mhd",), None, formats.read_image)
+    facts = common.examine([source], None, tmp_path / "kept")
+    assert [line.startswith(f"{tmp_path}/scan.mhd: ") for line in facts[0].problems] == [True]
 
 
 def test_nifti_goes_the_same_way(tmp_path):

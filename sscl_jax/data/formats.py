@@ -128,6 +128,7 @@ def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{path}: is of no known format; convert it to .nii.gz ({', '.join(SUFFIXES)} can be read)")
     sitk = _library("SimpleITK", "nrrd")
     _check_says_spacing(path)
+    data_files(path)
     _check_names_slices(path)
     image = _read(sitk, path)
     if "complex" in image.GetPixelIDTypeAsString():
@@ -144,7 +145,11 @@ def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def data_files(path: Path) -> list[Path]:
-    """Files in which an NRRD or MetaImage header says that its voxels are; none where they follow the header."""
+    """Files in which an NRRD or MetaImage header says that its voxels are; none where they follow the header.
+
+    Raises:
+      OSError, ValueError: it cannot be read, or counts them in steps of 0.
+    """
     if not path.name.lower().endswith(ITK):
         return []
     with open(path, "rb") as file:
@@ -158,6 +163,8 @@ def data_files(path: Path) -> list[Path]:
     if match[1].upper().startswith("LIST"):
         names = text[match.end() :].split("\n")
     elif numbered := re.fullmatch(r"(\S*%\d*d\S*) +(\d+) +(\d+) +(\d+).*", match[1]):
+        if not int(numbered[4]):  # ITK would divide by it, which ends the process
+            raise ValueError(f"{path}: counts its files in steps of 0; correct the last number of {match[1]!r}")
         names = [numbered[1] % n for n in range(int(numbered[2]), int(numbered[3]) + 1, int(numbered[4]))]
     return [path.parent / name.strip() for name in names if name.strip()]
 

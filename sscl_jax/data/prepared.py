@@ -345,10 +345,13 @@ def _path_digest(path: Path) -> str:
     if path.is_dir():
         parts = [(p.name, _path_digest(p)) for p in sorted(path.iterdir())]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    own, detached = _file_digest(path), formats.data_files(path)  # which may name the header itself, or a folder
+    return hashlib.sha256("".join([own, *map(_file_digest, detached)]).encode()).hexdigest() if detached else own
+
+
+def _file_digest(path: Path) -> str:
     with open(path, "rb") as file:
-        own = hashlib.file_digest(file, "sha256").hexdigest()
-    detached = formats.data_files(path)
-    return hashlib.sha256("".join([own, *map(_path_digest, detached)]).encode()).hexdigest() if detached else own
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _prepare_case(source: CaseSource, recipe: Recipe) -> dict:
