@@ -14,6 +14,7 @@ import functools
 import hashlib
 import logging
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -157,6 +158,8 @@ class Checkpoints:
             stacklevel=6,
         )
         if set_aside:
+            if aside.exists():  # of the same step, which was saved anew since
+                shutil.rmtree(aside)
             os.replace(self.folder / str(step), aside)
             del self._manager  # it has read the folder
 

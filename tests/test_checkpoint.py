@@ -127,6 +127,16 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(saved, dam
     assert_same(checkpoints.restore(make_state())[0], make_state(3))
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot be read.*; it is set aside")
+def test_a_step_that_is_damaged_twice(saved):
+    for _ in range(2):
+        damage_no_meta(saved / "checkpoints" / "last" / "3")
+        checkpoints = Checkpoints(saved, "last")
+        assert_same(checkpoints.restore(make_state())[0], make_state(2))
+        checkpoints.save(make_state(3), {})
+    assert_same(checkpoints.restore(make_state())[0], make_state(3))
+
+
 @pytest.mark.filterwarnings("ignore:.*cannot be read.*; the one before it is used")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", DAMAGES)
