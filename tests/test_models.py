@@ -182,7 +182,7 @@ def test_remat_changes_memory_and_nothing_else(norm):
         return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
 
     for a, b in zip(jax.tree.leaves(gradient(plain)), jax.tree.leaves(gradient(again)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())  # sums of terms of that size
     program = str(jax.make_jaxpr(lambda p: jax.grad(lambda p: again.apply({**variables, "params": p}, x)[0].sum())(p))(
         variables["params"]
     ))  # fmt: skip
