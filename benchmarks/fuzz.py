@@ -12,7 +12,6 @@ that makes it again: --first=NUMBER --cases=1. Exit status 1 if there are any.
 import argparse
 import functools
 import gzip
-import logging
 import multiprocessing
 import re
 import resource
@@ -302,7 +301,6 @@ def disagreements(path: Path, mask: Path | None) -> list[str]:
 
 def work(connection: Connection, seed: int, numbers: range) -> None:
     """Runs cases in a process of its own, which may hang or die; sends the number of each, then what came of it."""
-    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it tells what it mends
     with tempfile.TemporaryDirectory() as folder:
         run_case(make_case(seed, numbers[0]), Path(folder))  # imports, and memory that is there once
         for number in numbers:

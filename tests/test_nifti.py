@@ -463,3 +463,14 @@ def test_a_header_that_says_two_things_is_told(tmp_path):
     assert nifti.header_warning(with_header(tmp_path / "c.nii", (88, "<f", 5.0), affine=np.eye(4))) == ""
     mirrored = with_header(tmp_path / "d.nii", (252, "<h", 1), (256, "<f", 0.0), (260, "<f", 0.0), (264, "<f", 0.0))
     assert "d.nii: its sform and qform differ by up to" in nifti.header_warning(mirrored)
+
+
+def test_nibabel_says_nothing_beside_our_own_error(tmp_path, caplog):
+    path = tmp_path / "a.nii"
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), path)
+    content = bytearray(path.read_bytes())
+    content[70:72] = (272).to_bytes(2, "little")  # a data type that there is not
+    path.write_bytes(content)
+    with pytest.raises((ValueError, OSError), match="a.nii"):
+        nifti.read_image(path)
+    assert not caplog.records

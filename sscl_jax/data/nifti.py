@@ -28,7 +28,7 @@ _DEFLATE_RATIO = 1032
 
 def quiet_nibabel() -> None:
     """nibabel mends headers and says so, without the file's name; what matters of it is judged here, with the name."""
-    logging.getLogger("nibabel.global").setLevel(logging.ERROR)
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "Extension size is not a multiple of 16", UserWarning)
 
 
