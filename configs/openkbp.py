@@ -6,7 +6,8 @@ python -m sscl_jax.main --config=configs/openkbp.py --workdir=runs/openkbp
 DIR holds scans that you converted to NIfTI (OpenKBP's own files are CSV; there is no command for that here), in the
 layout of the Medical Segmentation Decathlon, with a `splits.json`.
 
-No figure for it as it is now; for what it was, docs/results.md.
+On one core of an AMD EPYC: supervised 72.6 % mean Dice on val in 17 minutes, the default method 65.6 % in 52: here the
+unlabelled scans do harm, docs/results.md says how.
 """
 
 from ml_collections import ConfigDict
