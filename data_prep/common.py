@@ -37,6 +37,8 @@ SHEARED = ".*the affine is sheared"  # of `nifti.read_image`; the check tells it
 ANISOTROPY = 1.5  # voxels that are longer by this factor along one axis than along both others make thick slices
 VOXEL_SIZES = (0.01, 50.0)  # mm, beyond which a header is doubtful
 LOWEST_MR = -500.0  # below which an image is taken for CT: some MR is z-scored, and so a little below 0
+# What the splits are called elsewhere, so that none is passed over.
+OTHER_NAMES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 ANATOMY = ("left-right", "front-back", "foot-head")
 
 
@@ -118,7 +120,7 @@ def read_splits(path: Path) -> dict[str, list[str]]:
     taken.
 
     Raises:
-      FileNotFoundError, ValueError: no such file, no such lists, or a patient in two of them.
+      FileNotFoundError, ValueError: no such file, no such lists, one under another name, or a patient in two of them.
     """
     path = Path(path)
     if not path.is_file():
@@ -127,6 +129,10 @@ def read_splits(path: Path) -> dict[str, list[str]]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): correct it") from error
+    for key in content if isinstance(content, dict) else ():
+        meant = OTHER_NAMES.get(key.lower(), key.lower())
+        if meant in SPLITS and key != meant:
+            raise ValueError(f'{path}: "{key}" is no name of a split: write "{meant}"')
     splits = {}
     for split in SPLITS:
         ids = content.get(split, []) if isinstance(content, dict) else None

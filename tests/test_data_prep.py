@@ -381,6 +381,8 @@ def test_split_file(any_folder, tmp_path, capsys):
         ('{"train": ["a", "a"]}', "patient a is listed under train and train"),
         ('{"train": []}', 'no patient under "train"'),
         ('{"train": [1]}', '"train" is not a list of patient ids'),
+        ('{"train": ["a"], "validation": ["b"]}', '"validation" is no name of a split: write "val"'),
+        ('{"Train": ["a"]}', '"Train" is no name of a split: write "train"'),
         ("[]", '"train" is not a list'),
         ("{", "is not JSON"),
     ],
