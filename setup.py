@@ -21,6 +21,7 @@ setup(
         "array_record>=0.8.6",
         "flatbuffers>=25.12.19",
         "flax>=0.12.8",
+        "importlib_resources>=7.1.0",  # tensorflow-datasets imports it and does not ask for it
         "jax>=0.10.2",
         "matplotlib>=3.11.2",
         "ml_collections>=1.1.0",
