@@ -29,6 +29,8 @@ from sscl_jax.data import formats
 from sscl_jax.data.prepared import SPLITS, Case, CaseSource, PreparedDataset, open_prepared
 from sscl_jax.data.workers import map_ahead
 
+NAMED = 8  # names of files that a line lists
+
 
 class Findings(NamedTuple):
     """What was found in a folder.
@@ -78,9 +80,10 @@ def check(path: Path) -> list[Findings]:
         return [check_scans("folder of NIfTI files", scans, problems, [])]
     if path.is_file():
         raise ValueError(f"{path}: is no list that is known: save it as CSV, with the ending .csv")
+    there = common.few([p.name for p in sorted(path.glob("*"))], NAMED)
     raise FileNotFoundError(
-        f"{path}: nothing there that is known ({_few([p.name for p in sorted(path.glob('*'))]) or 'empty'}): give the "
-        "folder of a data set, as `python -m data_prep` lists them"
+        f"{path}: nothing there that is known ({there or 'empty'}): give the folder "
+        "of a data set, as `python -m data_prep` lists them"
     )
 
 
@@ -118,7 +121,8 @@ def check_acdc(path: Path) -> Findings:
     folders = acdc.find_patients(path)
     sources, ignored, problems = acdc.list_cases(folders, folders, split_of)
     names = dict(zip(acdc.LABEL_VALUES, acdc.CLASSES, strict=True))
-    others = [f"{path}: {len(ignored)} files are not frames that Info.cfg names, and are ignored: {_few(ignored)}"]
+    told = common.few(ignored, NAMED)
+    others = [f"{path}: {len(ignored)} files are not frames that Info.cfg names, and are ignored: {told}"]
     return check_sources("ACDC", sources, names, problems, others if ignored else [])
 
 
@@ -227,7 +231,7 @@ def report(path: Path, findings: Findings) -> tuple[str, int]:
     unlabelled = [image for _, _, image, has_mask in cases if not has_mask]
     if unlabelled:
         what = f"{len(unlabelled)} of {len(cases)} images have no mask and count as unlabelled"
-        warned.append(f"{path}: {what}: {_few(unlabelled)}")
+        warned.append(f"{path}: {what}: {common.few(unlabelled, NAMED)}")
 
     names = findings.names or {
         value: f"label {value}" if value else "background" for value in sorted({0}.union(*(f.values for f in facts)))
@@ -251,10 +255,6 @@ def report(path: Path, findings: Findings) -> tuple[str, int]:
     lines += [f"error: {line}" for line in problems] + [f"warning: {line}" for line in warned]
     lines += common.align(rows) + [f"{len(problems)} error(s), {len(warned)} warning(s)"]
     return "\n".join(lines), len(problems)
-
-
-def _few(names: Sequence[str | Path]) -> str:
-    return ", ".join(map(str, names[:8])) + (", ..." if len(names) > 8 else "")
 
 
 def main(argv: list[str] | None = None) -> None:

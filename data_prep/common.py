@@ -164,10 +164,10 @@ def tell_missing(patients: dict[str, list[str]], present: Collection[str], split
     for split, ids in patients.items():
         missing = [patient for patient in ids if patient not in present]
         if missing:
-            print(f"missing: {len(missing)} of {len(ids)} {split} patients ({_few(missing)})")
+            print(f"missing: {len(missing)} of {len(ids)} {split} patients ({few(missing)})")
     unlisted = sorted(set(present).difference(*patients.values()))
     if unlisted:
-        print(f"ignored: {len(unlisted)} patients that are in no split ({_few(unlisted)})")
+        print(f"ignored: {len(unlisted)} patients that are in no split ({few(unlisted)})")
 
 
 def require_train(patients: dict[str, list[str]], present: Collection[str], splits: Path) -> None:
@@ -175,13 +175,14 @@ def require_train(patients: dict[str, list[str]], present: Collection[str], spli
     if not set(present).intersection(patients["train"]):
         train = patients["train"]
         raise ValueError(
-            f"none of the {len(train)} train patients of {splits} ({_few(train)}) is in the input "
-            f"({_few(sorted(present)) or 'nobody'}): check --input, or give --splits a file that lists your patients"
+            f"none of the {len(train)} train patients of {splits} ({few(train)}) is in the input "
+            f"({few(sorted(present)) or 'nobody'}): check --input, or give --splits a file that lists your patients"
         )
 
 
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+def few(names: Sequence[str | Path], most: int = 5) -> str:
+    """The first `most` names, and whether there are more."""
+    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
 
 
 def put_into_splits(
@@ -405,18 +406,20 @@ def _warn_of_doubles(sources: Sequence[CaseSource], facts: Sequence[CaseFacts]) 
             )
 
 
-def modality_warnings(sources: Sequence[CaseSource], facts: Sequence[CaseFacts], modality: str) -> list[str]:
-    """A warning if images are not what their modality has: CT in HU reaches -1000 in air, magnitudes of MR are >= 0."""
+def warn_of_modality(sources: Sequence[CaseSource], facts: Sequence[CaseFacts], modality: str) -> None:
+    """Warns of images that are not as their modality is: CT in HU reaches -1000 in air, magnitudes of MR are >= 0."""
 
-    def told(which: list[Path], what: str) -> list[str]:
-        return [f"{len(which)} of {len(facts)} images {what} ({_few([p.name for p in which])})"] if which else []
+    def warn(which: list[Path], what: str) -> None:
+        if which:
+            print(f"warning: {len(which)} of {len(facts)} images {what} ({few([p.name for p in which])})")
 
     lowest = [(source.image_paths[0], fact.lowest) for source, fact in zip(sources, facts, strict=True)]
     if modality == "ct":
         above = [path for path, low in lowest if low is not None and low >= 0]
-        return told(above, "hold nothing below 0, as CT in HU does: make sure that they are CT, and not off by 1024")
-    below = [path for path, low in lowest if low is not None and low < LOWEST_MR]
-    return told(below, f"reach below {LOWEST_MR:g}, as CT in HU does, and are taken as MR: give --modality=ct if wrong")
+        warn(above, "hold nothing below 0, as CT in HU does: make sure that they are CT, and not off by 1024")
+    else:
+        below = [path for path, low in lowest if low is not None and low < LOWEST_MR]
+        warn(below, f"reach below {LOWEST_MR:g}, as CT in HU does, and are taken as MR: give --modality=ct if wrong")
 
 
 def check_cases(
@@ -491,8 +494,7 @@ def build(
     """
     sources = put_into_splits(sources, patients)
     good, facts, found = check_cases(sources, recipe.label_values, problems, skip_bad, output, workers)
-    for line in modality_warnings(good, facts, recipe.intensity):
-        print(f"warning: {line}")
+    warn_of_modality(good, facts, recipe.intensity)
     dataset = write_prepared(output, good, recipe, patients, name, found, workers)
     print(summary(dataset))
     return dataset

@@ -155,8 +155,7 @@ def prepare(
                 "masks, in labels/ by the name of their image, or give --label_values"
             )
     orientation, grid_spacing = fit_grid(facts, orientation, spacing)
-    for line in common.modality_warnings(sources, facts, modality):
-        print(f"warning: {line}")
+    common.warn_of_modality(sources, facts, modality)
     recipe = Recipe(
         orientation=orientation,
         spacing=grid_spacing,

@@ -103,8 +103,7 @@ def prepare(
         names = {value: f"label {value}" for value in sorted(set().union(*(fact.values for fact in facts)) - {0})}
         names = {0: "background", **names}
     orientation, grid_spacing = folder.fit_grid(facts, orientation, spacing)
-    for line in common.modality_warnings(sources, facts, modality):
-        print(f"warning: {line}")
+    common.warn_of_modality(sources, facts, modality)
     recipe = Recipe(
         orientation=orientation,
         spacing=grid_spacing,
