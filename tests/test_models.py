@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from sscl_jax.models import UNet
-from sscl_jax.models.unet import Conv, GroupNorm, Normalise, depth_to_space, max_pool
+from sscl_jax.models.unet import Conv, GroupNorm, Normalise, depth_to_space, dot_by_image, max_pool
 
 
 @pytest.mark.parametrize(("shape", "level"), [((2, 16, 8, 1), 1), ((1, 8, 8, 16, 2), 2), ((1, 8, 8, 1), 0)])
@@ -40,6 +40,23 @@ def test_max_pool_equals_a_loop():
     for i, j, k in np.ndindex(2, 3, 4):
         block = x[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, 2 * k : 2 * k + 2]
         np.testing.assert_array_equal(got[:, i, j, k], block.max((1, 2, 3)))
+
+
+def test_max_pool_gives_its_gradient_to_the_greatest_and_shares_it_among_equals():
+    x = jnp.array([[[1.0, 2.0], [4.0, 3.0]], [[5.0, 5.0], [5.0, 5.0]]])[..., None]
+    gradient = jax.grad(lambda x: jnp.sum(max_pool(x) * jnp.array([8.0, 4.0])[:, None, None, None]))(x)
+    np.testing.assert_array_equal(gradient[..., 0], [[[0, 0], [8, 0]], [[1, 1], [1, 1]]])
+
+
+def test_dot_by_image_equals_dense():
+    x = jax.random.normal(jax.random.key(0), (3, 4, 5, 6))
+    ours, linen = nn.Dense(7, dot_general=dot_by_image), nn.Dense(7)
+    params = linen.init(jax.random.key(1), x)
+
+    def results(module):
+        return jax.value_and_grad(lambda p, x: jnp.sum(jnp.sin(module.apply(p, x))), argnums=(0, 1))(params, x)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), results(ours), results(linen))
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 5, 3), (2, 4, 6, 5, 3), (1, 1, 6, 2, 1)])
