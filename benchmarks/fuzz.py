@@ -185,7 +185,7 @@ DAMAGES: dict[str, Callable] = {
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
-# A network that sees its first class everywhere; predict_file is otherwise as users run it.
+# A network that sees its first class everywhere; prediction is otherwise as users run it.
 NETWORK = SimpleNamespace(recipe=RECIPE, config=base.get_config(), variables=None, meta={"channels": 1})
 
 
@@ -246,7 +246,7 @@ def read_by_prepare(image: Path, label: Path, mask: Path) -> str:
 
 def read_by_predict(image: Path, label: Path, mask: Path) -> str:
     """Segments, and reads the label as `evaluate` does."""
-    predict.predict_file(NETWORK, first_class, image, mask)  # type: ignore[arg-type]
+    predict.write_mask(NETWORK, first_class, predict.read_prepared(NETWORK, [image]), mask)  # type: ignore[arg-type]
     nifti.read_label(label)
     return ""
 

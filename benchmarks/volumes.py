@@ -70,15 +70,16 @@ def reading(images: list[Path], labels: list[Path], acdc: Path, repeats: int) ->
 
 def prediction(images: list[Path], checkpoint: Path, repeats: int) -> None:
     network = experiment.load_networks(checkpoint)["teacher"]
+    scans = [predict.Scan((path,), Path(path.name)) for path in images]
     for overlap in (0.5, 0.1):
         predictor = evaluate.make_predictor(network.model, tuple(network.config.data.patch_size), overlap)
         with tempfile.TemporaryDirectory() as folder:
 
             def run(predictor=predictor, folder=folder):
-                for path in images:
-                    predict.predict_file(network, predictor, path, Path(folder) / path.name)
+                for outcome in predict.predict_scans(network, predictor, scans, Path(folder)):
+                    assert not outcome.error, outcome.error
 
-            predict.predict_file(network, predictor, images[0], Path(folder) / images[0].name)
+            run()
             (seconds,) = least(repeats, run)
         print(f"predict, overlap {overlap}    {len(images) / seconds:7.1f} volumes/s, file to file")
 

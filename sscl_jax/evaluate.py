@@ -4,10 +4,13 @@ python -m sscl_jax.evaluate --checkpoint=runs/acdc --split=val
 python -m sscl_jax.evaluate --predictions=DIR --references=DIR
 """
 
+import contextlib
 import csv
 import functools
 import itertools
+import math
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +27,10 @@ from sscl_jax.data.sampling import Pool
 from sscl_jax.models import UNet
 
 Predictor = Callable[[Any, np.ndarray], np.ndarray]
+
+# Cases are segmented in threads; of those whose probabilities are more numbers than this (512 MiB), one at a time.
+LARGE = 2**27
+_one_large = threading.Lock()
 
 
 def window_starts(size: int, patch: int, overlap: float) -> list[int]:
@@ -154,9 +161,12 @@ def segment(
     Returns:
       Classes (X, Y, Z) uint8 on the native grid, and the probability of the most probable one.
     """
-    probs = recipes.to_native(predict(variables, image), grid, recipe)
-    classes = np.argmax(probs, axis=-1).astype(np.uint8)
-    return keep_largest_component(classes, largest_component), np.max(probs, axis=-1)
+    probs = predict(variables, image)
+    large = probs.shape[-1] * math.prod(grid.native_shape) > LARGE
+    with _one_large if large else contextlib.nullcontext():
+        probs = recipes.to_native(probs, grid, recipe)
+        classes, confidence = np.argmax(probs, axis=-1).astype(np.uint8), np.max(probs, axis=-1)
+    return keep_largest_component(classes, largest_component), confidence
 
 
 def evaluate_cases(

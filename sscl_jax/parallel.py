@@ -18,6 +18,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from sscl_jax.data import workers
+
 AXIS = "devices"
 
 # In seconds. Of a process that is not heard of for so long, jax takes it that it is dead, and ends the others. At their
@@ -126,6 +128,8 @@ def agreed(value: int) -> int:
 def in_shares(function: Callable[[Any], Sequence[np.ndarray]], items: Sequence[Any]) -> list[Sequence[np.ndarray]]:
     """`[function(item) for item in items]`, each process on its share of the items; all get all the results.
 
+    A process works in threads, so that its devices compute for one item while the host works on another.
+
     Args:
       function: gives arrays of any number, shape and type, to the bit the same wherever it is called.
       items: the same in all processes; there may be fewer than processes.
@@ -135,20 +139,22 @@ def in_shares(function: Callable[[Any], Sequence[np.ndarray]], items: Sequence[A
     """
     count, index = jax.process_count(), jax.process_index()
     share = range(index, len(items), count)
+    results = workers.map_ahead(function, [items[i] for i in share])
     if count == 1:
-        return [function(items[i]) for i in share]
+        return list(results)
     # Only arrays of one shape can be gathered, and doubles not at all: they travel as the bytes of a file.
     file = io.BytesIO()
-    np.savez_compressed(file, **{f"{i} {j}": array for i in share for j, array in enumerate(function(items[i]))})  # type: ignore[arg-type]
+    named = {f"{i} {j}": array for i, arrays in zip(share, results, strict=True) for j, array in enumerate(arrays)}
+    np.savez_compressed(file, **named)  # type: ignore[arg-type]
     sent = np.frombuffer(file.getvalue(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(sent.size))
     received = multihost_utils.process_allgather(np.pad(sent, (0, sizes.max() - sent.size)))
-    results: list[list[np.ndarray]] = [[] for _ in items]
+    gathered: list[list[np.ndarray]] = [[] for _ in items]
     for part, size in zip(received, sizes, strict=True):
         with np.load(io.BytesIO(part[:size].tobytes())) as arrays:
             for name in arrays:
-                results[int(name.split()[0])].append(arrays[name])
-    return list(results)
+                gathered[int(name.split()[0])].append(arrays[name])
+    return list(gathered)
 
 
 def from_main(function: Callable[[], Any]) -> Any:

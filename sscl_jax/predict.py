@@ -16,15 +16,16 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 
 from sscl_jax import cli, evaluate, experiment
-from sscl_jax.data import formats, nifti
+from sscl_jax.data import formats, nifti, workers
 from sscl_jax.data import recipe as recipes
 
 
@@ -126,36 +127,99 @@ def read_scan(paths: Sequence[Path], channels: int) -> tuple[np.ndarray, np.ndar
     return image, affine, header
 
 
-def predict_file(
-    network: experiment.Network, predict: evaluate.Predictor, scan: Path | Sequence[Path], output: Path
-) -> None:
-    """Segments one scan; a 4-D scan of a one-channel network is segmented frame by frame.
+class Prepared(NamedTuple):
+    """A scan as a network takes it.
+
+    Attributes:
+      frames: (D, H, W, C) each; several of a 4-D scan for a one-channel network.
+      grid: links them to the file.
+      affine: (4, 4), of the file.
+      header: of the file.
+    """
+
+    frames: list[np.ndarray]
+    grid: recipes.Grid
+    affine: np.ndarray
+    header: nib.Nifti1Header
+
+
+def read_prepared(network: experiment.Network, paths: Sequence[Path]) -> Prepared:
+    """Reads a scan, and prepares it as the images were that the network was trained on.
 
     Args:
       network: from `experiment.load_networks`.
-      predict: from `evaluate.make_predictor`.
-      scan: file or DICOM folder, or one for each channel.
-      output: mask to write.
+      paths: file or DICOM folder of the scan, or one for each channel.
 
     Raises:
       ValueError: the scan cannot be read, or has not the channels trained on; names the file.
     """
     channels = network.meta["channels"]
-    paths = [scan] if isinstance(scan, Path) else scan
     image, affine, header = read_scan(paths, channels)
     try:
         grid = recipes.make_grid(image.shape[:3], affine, network.recipe)
     except ValueError as error:
         raise ValueError(f"{paths[0]}: {error}") from error
     frames = [image[..., i : i + 1] for i in range(image.shape[-1])] if channels == 1 else [image]
-    masks = []
-    for frame in frames:
-        prepared = recipes.prepare_image(frame, grid, network.recipe)
-        largest = network.config.eval.largest_component
-        classes, _ = evaluate.segment(predict, network.variables, prepared, grid, network.recipe, largest)
+    return Prepared([recipes.prepare_image(frame, grid, network.recipe) for frame in frames], grid, affine, header)
+
+
+def write_mask(network: experiment.Network, predict: evaluate.Predictor, scan: Prepared, output: Path) -> None:
+    """Segments a scan, frame by frame, and writes its mask.
+
+    Args:
+      network: from `experiment.load_networks`.
+      predict: from `evaluate.make_predictor`.
+      scan: from `read_prepared`.
+      output: mask to write.
+    """
+    masks, largest = [], network.config.eval.largest_component
+    for frame in scan.frames:
+        classes, _ = evaluate.segment(predict, network.variables, frame, scan.grid, network.recipe, largest)
         masks.append(recipes.unmap_labels(classes, network.recipe.label_values))
     mask = masks[0] if len(masks) == 1 else np.stack(masks, axis=-1)
-    nifti.write_mask(output, mask, affine, header)
+    nifti.write_mask(output, mask, scan.affine, scan.header)
+
+
+class Outcome(NamedTuple):
+    """What became of a scan: its mask, or why there is none, the seconds it took, and what was warned of."""
+
+    scan: Scan
+    mask: Path
+    error: Exception | None
+    seconds: float
+    warned: list[str]
+
+
+def predict_scans(
+    network: experiment.Network, predict: evaluate.Predictor, scans: Sequence[Scan], output: Path
+) -> Iterator[Outcome]:
+    """Segments scans, in their order: some are read, resampled and written while the network is at work on another."""
+    originals = {path.resolve() for scan in scans for path in scan.paths}
+
+    def read(scan: Scan) -> tuple[Outcome, Prepared | None]:
+        start, target = time.monotonic(), output / scan.mask
+        prepared, error = None, None
+        with warnings.catch_warnings(record=True) as found:  # of the whole process, so not in threads
+            try:
+                if target.resolve() in originals:
+                    raise ValueError(f"{target}: the mask would replace a scan; choose another --output.")
+                prepared = read_prepared(network, scan.paths)
+            except (ValueError, OSError) as raised:
+                error = raised
+        warned = [str(each.message) for each in found or ()]
+        return Outcome(scan, target, error, time.monotonic() - start, warned), prepared
+
+    def finish(item: tuple[Outcome, Prepared | None]) -> Outcome:
+        outcome, prepared = item
+        start, error = time.monotonic(), outcome.error
+        if prepared:
+            try:
+                write_mask(network, predict, prepared, outcome.mask)
+            except (ValueError, OSError) as raised:
+                error = raised
+        return outcome._replace(error=error, seconds=outcome.seconds + time.monotonic() - start)
+
+    return workers.map_ahead(finish, map(read, scans))
 
 
 def _tell_doubts(paths: Sequence[Path], warned: Sequence[str]) -> None:
@@ -195,21 +259,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     predict = evaluate.make_predictor(network.model, tuple(network.config.data.patch_size), args.overlap)
     print(f"{network.path}, {network.name}: {len(scans)} scan(s)")
-    originals = {path.resolve() for scan in scans for path in scan.paths}
     failed = 0
-    for scan in scans:
-        start = time.monotonic()
-        target = args.output / scan.mask
-        try:
-            if target.resolve() in originals:
-                raise ValueError(f"{target}: the mask would replace a scan; choose another --output.")
-            with warnings.catch_warnings(record=True) as found:
-                predict_file(network, predict, scan.paths, target)
-            print(f"{target}  {time.monotonic() - start:.2f} s", flush=True)
-            _tell_doubts(scan.paths, [str(each.message) for each in found])
-        except (ValueError, OSError) as error:
+    for outcome in predict_scans(network, predict, scans, args.output):
+        if outcome.error:
             failed += 1
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {outcome.error}", file=sys.stderr, flush=True)
+            continue
+        print(f"{outcome.mask}  {outcome.seconds:.2f} s", flush=True)
+        _tell_doubts(outcome.scan.paths, outcome.warned)
     if failed:
         sys.exit(f"error: {failed} of {len(scans)} scans could not be segmented; the reasons are above.")
 

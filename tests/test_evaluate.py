@@ -2,6 +2,9 @@ import csv
 import gzip
 import json
 import struct
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -47,6 +50,29 @@ def test_sliding_window_of_a_pointwise_network_is_the_network(patch, shape):
     expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     got = evaluate.make_predictor(Pointwise(), patch, overlap=0.5, batch=4)(2.0, image)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("limit", "together"), [(0, 1), (10**9, 3)])
+def test_large_cases_are_segmented_one_at_a_time(limit, together, monkeypatch):
+    meet, inside, most = threading.Barrier(together), [], []
+
+    def to_native(probs, grid, recipe):
+        inside.append(grid)
+        meet.wait(timeout=60)
+        time.sleep(0.05)  # for the others to come in, if they can
+        most.append(len(inside))
+        inside.pop()
+        return probs
+
+    monkeypatch.setattr(evaluate, "LARGE", limit)
+    monkeypatch.setattr(evaluate.recipes, "to_native", to_native)
+    recipe = Recipe(label_values=(0, 1), class_names=("background", "organ"))
+    grid = make_grid((4, 3, 2), np.eye(4), recipe)
+    probs = np.ones((2, 3, 4, 2), np.float32)
+    with ThreadPoolExecutor(3) as pool:
+        ends = [pool.submit(evaluate.segment, lambda *_: probs, None, probs, grid, recipe, "none") for _ in range(3)]
+        assert all(end.result()[0].shape == (2, 3, 4) for end in ends)
+    assert max(most) == together
 
 
 def test_pseudo_labels_by_hand():

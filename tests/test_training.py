@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from pathlib import Path
 
 import jax
 import nibabel
@@ -608,7 +610,9 @@ def segment_array(array, affine, folder, dtype=None, **save):
     for name, value in save.items():
         image.header[name] = value
     nibabel.save(image, folder / "scan.nii.gz")
-    predict.predict_file(Stub, Stub.predict, folder / "scan.nii.gz", folder / "mask.nii.gz")
+    predict.write_mask(
+        Stub, Stub.predict, predict.read_prepared(Stub, [folder / "scan.nii.gz"]), folder / "mask.nii.gz"
+    )
     mask = nibabel.load(folder / "mask.nii.gz")
     np.testing.assert_allclose(mask.affine, affine, atol=1e-4)
     return np.asarray(mask.dataobj)
@@ -659,11 +663,33 @@ def test_the_mask_is_of_a_whole_number_type_whatever_the_scan_is(dtype, tmp_path
     assert header.get_slope_inter() in ((1.0, 0.0), (None, None))
 
 
+def test_scans_keep_their_order_errors_and_warnings(tmp_path, monkeypatch):
+    names = [f"{i}.nii" for i in range(6)]
+    for i, name in enumerate(names):
+        nibabel.save(nibabel.Nifti1Image(scan(i), AFFINE), tmp_path / name)
+    (tmp_path / names[2]).write_bytes(b"no scan")
+    read = predict.read_scan
+
+    def warn_and_read(paths, channels):
+        warnings.warn(f"read {paths[0].name}", stacklevel=1)
+        return read(paths, channels)
+
+    monkeypatch.setattr(predict, "read_scan", warn_and_read)
+    scans = [predict.Scan((tmp_path / name,), Path(name)) for name in names]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        outcomes = list(predict.predict_scans(Stub, Stub.predict, scans, tmp_path / "out"))
+    assert [outcome.scan for outcome in outcomes] == scans
+    assert [outcome.warned for outcome in outcomes] == [[f"read {name}"] for name in names]
+    assert ["2.nii" in str(outcome.error) for outcome in outcomes] == [i == 2 for i in range(6)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [n for n in names if n != names[2]]
+
+
 def test_a_scaled_header_does_not_scale_the_mask(tmp_path):
     image = nibabel.Nifti1Image(scan().astype("f8") * 0.5 + 3, AFFINE)
     image.header.set_data_dtype(np.int16)  # nibabel chooses a slope and an intercept
     nibabel.save(image, tmp_path / "scan.nii")
-    predict.predict_file(Stub, Stub.predict, tmp_path / "scan.nii", tmp_path / "mask.nii")
+    predict.write_mask(Stub, Stub.predict, predict.read_prepared(Stub, [tmp_path / "scan.nii"]), tmp_path / "mask.nii")
     assert nibabel.load(tmp_path / "scan.nii").dataobj.slope != 1
     assert set(np.unique(nifti.read_label(tmp_path / "mask.nii")[0])) <= {0, 10, 20, 40}
 
