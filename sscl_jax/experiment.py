@@ -201,6 +201,7 @@ def make_step(config: ConfigDict, num_classes: int) -> Callable:
             consistency_weight=weights["consistency"],
             pseudo_label_weight=weights["pseudo_label"],
             pseudo_label_threshold=config.pseudo_label.threshold,
+            pseudo_label_competence=config.pseudo_label.competence,
             ema_decay=config.teacher.decay,
             ema_scope=config.teacher.scope,
             axis_name=parallel.AXIS,

@@ -46,6 +46,7 @@ TERMS = (
     "pl_ce",
     "pl_dice",
     "pl_coverage",
+    "pl_competence",
     "cons",
     "con",
     "grad_norm",

@@ -197,6 +197,7 @@ def make_train_step(
     consistency_weight: Callable[[jax.Array], jax.Array] | None,
     pseudo_label_weight: Callable[[jax.Array], jax.Array] | None,
     pseudo_label_threshold: float,
+    pseudo_label_competence: bool,
     ema_decay: float,
     ema_scope: str,
     axis_name: str,
@@ -211,6 +212,8 @@ def make_train_step(
       contrast_options: how pixels are contrasted.
       contrast_weight: w_con, a function of the step; likewise consistency and pseudo-label weight.
       pseudo_label_threshold: least confidence of a pseudo-label, in [0, 1].
+      pseudo_label_competence: whether the weight is multiplied by the least soft Dice, over the classes of the labelled
+        batch, that the student reaches there.
       ema_decay: see `update_teacher`; likewise `ema_scope`.
       axis_name: the device axis that the step is mapped over.
 
@@ -243,7 +246,10 @@ def make_train_step(
         return jax.vmap(jax.random.fold_in, (None, 0))(key, place)
 
     def segmentation_loss(logits, labels, weight, term, metrics):
-        """This device's share of half cross-entropy, half soft Dice over the global batch, of the classes it holds."""
+        """This device's share of half cross-entropy, half soft Dice over the global batch, of the classes it holds.
+
+        And the least soft Dice of these classes, in [0, 1]: how well the class is known that is known least.
+        """
         ce = jnp.sum(losses.cross_entropy(logits, labels) * weight)
         pixels = global_sum(jnp.asarray(weight.size, jnp.float32))
         sums = losses.dice_sums(jax.nn.softmax(logits), labels, weight)
@@ -251,11 +257,13 @@ def make_train_step(
         # extinguishes a class that is slow to learn, or of which the teacher is not sure yet; cross-entropy does not.
         held = jnp.sum(jax.nn.one_hot(labels, num_classes) * weight[..., None], tuple(range(labels.ndim)))
         held = (global_sum(held) > 0).at[0].set(True)
-        dice = jnp.average(losses.soft_dice_loss(global_sum(sums)), weights=held.astype(jnp.float32))
+        by_class = losses.soft_dice_loss(global_sum(sums))
+        dice = jnp.average(by_class, weights=held.astype(jnp.float32))
         metrics[f"{term}_ce"] = (global_sum(ce), pixels)
         metrics[f"{term}_dice"] = (dice, jnp.ones(()))
         # Every device holds the whole Dice; the shares must add up to it once.
-        return 0.5 * ce / pixels + 0.5 * dice / global_sum(1)
+        least = 1.0 - jnp.max(jnp.where(held, by_class, 0.0))
+        return 0.5 * ce / pixels + 0.5 * dice / global_sum(1), least
 
     def draw(keys, pixels, count):
         options = contrast_options
@@ -335,13 +343,17 @@ def make_train_step(
             (logits, features), updated = apply(student, state.student_stats, images, True)
 
             ones = jnp.ones(labeled["label"].shape)
-            loss = segmentation_loss(logits[:num_labeled], labeled["label"], ones, "sup", metrics)
+            loss, competence = segmentation_loss(logits[:num_labeled], labeled["label"], ones, "sup", metrics)
             if pseudo_label_weight:
                 confidence = jnp.max(mixed["probs"], -1)
                 sure = (confidence >= pseudo_label_threshold) & mixed["inside"]
                 target = jnp.argmax(mixed["probs"], -1)
                 sure_weight = sure.astype(jnp.float32)
-                term = segmentation_loss(logits[num_labeled:], target, sure_weight, "pl", metrics)
+                term, _ = segmentation_loss(logits[num_labeled:], target, sure_weight, "pl", metrics)
+                # The pixels of a class that is not known yet are, surely, taken for background.
+                if pseudo_label_competence:
+                    term *= jax.lax.stop_gradient(competence)
+                    metrics["pl_competence"] = (jax.lax.stop_gradient(competence), jnp.ones(()))
                 loss += pseudo_label_weight(state.step) * term
                 counts = jnp.sum(sure_weight), jnp.sum(mixed["inside"].astype(jnp.float32))
                 metrics["pl_coverage"] = global_sum(counts)

@@ -282,7 +282,10 @@ EXPECTED = {
     "mean_teacher": ({"cons"}, {}),
     "region": ({"con"}, {"data.patch_size": (8, 8, 8), "augment.flip": (False,) * 3}),
     "anatomical": ({"con"}, {"contrast.positives": "means", "contrast.level": 0, "teacher.scope": "encoder"}),
-    "pseudo_label": (PSEUDO_LABEL, {"model.norm": "batch", "pseudo_label.threshold": 0.3}),
+    "pseudo_label": (
+        PSEUDO_LABEL | {"pl_competence"},
+        {"model.norm": "batch", "pseudo_label.threshold": 0.3, "pseudo_label.competence": True},
+    ),
     "region_pl": ({"con"} | PSEUDO_LABEL, {"contrast.labeled": False}),
     "anatomical_pl": ({"con"} | PSEUDO_LABEL, {}),
 }
@@ -395,6 +398,21 @@ def test_an_absent_class_has_no_part_in_the_dice(cheap):
     _, metrics = run(small("pseudo_label", **{"augment.cutmix_probability": 0.0}), steps=1, change=change)
     assert metrics["pl_coverage"] == 1
     assert 0.99 < metrics["pl_dice"] < 1
+
+
+@pytest.mark.parametrize("blind", [True, False])
+def test_pseudo_labels_teach_as_much_as_the_least_known_class_is_known(blind, cheap):
+    def change(state):
+        # Sure of class 1 everywhere: of the other two it knows nothing, the Dice is (0 + 1) / (pixels + 1).
+        dense = {"kernel": np.zeros((4, 3), "f4"), "bias": np.float32([0, 100, 0])}
+        params = state.student | {"decoder": state.student["decoder"] | {"Dense_1": dense}}
+        return state.replace(student=params) if blind else state
+
+    fields = {"pseudo_label.competence": True, "pseudo_label.ramp_steps": 0, "pseudo_label.threshold": 0.0}
+    _, metrics = run(small("pseudo_label", **fields), steps=1, change=change)
+    sup, pl = (0.5 * metrics[f"{term}_ce"] + 0.5 * metrics[f"{term}_dice"] for term in ("sup", "pl"))
+    assert 0 < metrics["pl_competence"] < (0.02 if blind else 1 - metrics["sup_dice"])
+    np.testing.assert_allclose(metrics["loss"], sup + metrics["pl_competence"] * pl, rtol=1e-5)
 
 
 def test_a_batch_with_nothing_confident_is_finite(cheap, monkeypatch):
