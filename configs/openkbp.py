@@ -6,8 +6,8 @@ python -m sscl_jax.main --config=configs/openkbp.py --workdir=runs/openkbp
 DIR holds scans that you converted to NIfTI (OpenKBP's own files are CSV; there is no command for that here), in the
 layout of the Medical Segmentation Decathlon, with a `splits.json`.
 
-On one core of an AMD EPYC: 72.4 % mean Dice on val in 39 minutes, supervised 72.6 % in 17 minutes. The unlabelled scans bring
-nothing here; with `anatomical_pl`, and without `pseudo_label.competence`, they did harm: docs/results.md says how.
+72.4 % mean Dice on val, in 39 minutes on one core of an AMD EPYC with AVX-512; supervised 72.6 %. The unlabelled scans
+brought nothing here; with `anatomical_pl`, and without `pseudo_label.competence`, they did harm: see docs/results.md.
 """
 
 from ml_collections import ConfigDict

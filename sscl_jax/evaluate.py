@@ -28,7 +28,7 @@ from sscl_jax.models import UNet
 
 Predictor = Callable[[Any, np.ndarray], np.ndarray]
 
-# Cases are segmented in threads; of those whose probabilities are more numbers than this (512 MiB), one at a time.
+# Cases are segmented in two threads; those whose probabilities are more numbers than this (512 MiB), one at a time.
 LARGE = 2**27
 _one_large = threading.Lock()
 
@@ -161,11 +161,11 @@ def segment(
     Returns:
       Classes (X, Y, Z) uint8 on the native grid, and the probability of the most probable one.
     """
-    probs = predict(variables, image)
-    large = probs.shape[-1] * math.prod(grid.native_shape) > LARGE
-    with _one_large if large else contextlib.nullcontext():
-        probs = recipes.to_native(probs, grid, recipe)
+    voxels = max(math.prod(image.shape[:3]), math.prod(grid.native_shape))
+    with _one_large if voxels * len(recipe.label_values) > LARGE else contextlib.nullcontext():
+        probs = recipes.to_native(predict(variables, image), grid, recipe)
         classes, confidence = np.argmax(probs, axis=-1).astype(np.uint8), np.max(probs, axis=-1)
+        del probs
     return keep_largest_component(classes, largest_component), confidence
 
 

@@ -128,7 +128,7 @@ def agreed(value: int) -> int:
 def in_shares(function: Callable[[Any], Sequence[np.ndarray]], items: Sequence[Any]) -> list[Sequence[np.ndarray]]:
     """`[function(item) for item in items]`, each process on its share of the items; all get all the results.
 
-    A process works in threads, so that its devices compute for one item while the host works on another.
+    A process works in two threads, so that its devices compute for one item while the host works on another.
 
     Args:
       function: gives arrays of any number, shape and type, to the bit the same wherever it is called.
@@ -139,7 +139,7 @@ def in_shares(function: Callable[[Any], Sequence[np.ndarray]], items: Sequence[A
     """
     count, index = jax.process_count(), jax.process_index()
     share = range(index, len(items), count)
-    results = workers.map_ahead(function, [items[i] for i in share])
+    results = workers.map_ahead(function, [items[i] for i in share], threads=2)
     if count == 1:
         return list(results)
     # Only arrays of one shape can be gathered, and doubles not at all: they travel as the bytes of a file.

@@ -181,7 +181,7 @@ def write_mask(network: experiment.Network, predict: evaluate.Predictor, scan: P
 
 
 class Outcome(NamedTuple):
-    """What became of a scan: its mask, or why there is none, the seconds it took, and what was warned of."""
+    """What became of a scan: its mask, or why there is none, the seconds of work on it, and what was warned of."""
 
     scan: Scan
     mask: Path
@@ -193,18 +193,19 @@ class Outcome(NamedTuple):
 def predict_scans(
     network: experiment.Network, predict: evaluate.Predictor, scans: Sequence[Scan], output: Path
 ) -> Iterator[Outcome]:
-    """Segments scans, in their order: some are read, resampled and written while the network is at work on another."""
+    """Segments scans, in their order: one is read, resampled or written while the network is at work on another."""
     originals = {path.resolve() for scan in scans for path in scan.paths}
 
     def read(scan: Scan) -> tuple[Outcome, Prepared | None]:
         start, target = time.monotonic(), output / scan.mask
         prepared, error = None, None
-        with warnings.catch_warnings(record=True) as found:  # of the whole process, so not in threads
+        # It catches those of the whole process, so scans are read in this thread alone.
+        with warnings.catch_warnings(record=True) as found:
             try:
                 if target.resolve() in originals:
                     raise ValueError(f"{target}: the mask would replace a scan; choose another --output.")
                 prepared = read_prepared(network, scan.paths)
-            except (ValueError, OSError) as raised:
+            except Exception as raised:  # for its turn: the scans before it are not told yet
                 error = raised
         warned = [str(each.message) for each in found or ()]
         return Outcome(scan, target, error, time.monotonic() - start, warned), prepared
@@ -215,11 +216,11 @@ def predict_scans(
         if prepared:
             try:
                 write_mask(network, predict, prepared, outcome.mask)
-            except (ValueError, OSError) as raised:
+            except Exception as raised:
                 error = raised
         return outcome._replace(error=error, seconds=outcome.seconds + time.monotonic() - start)
 
-    return workers.map_ahead(finish, map(read, scans))
+    return workers.map_ahead(finish, map(read, scans), threads=2)
 
 
 def _tell_doubts(paths: Sequence[Path], warned: Sequence[str]) -> None:
@@ -261,12 +262,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{network.path}, {network.name}: {len(scans)} scan(s)")
     failed = 0
     for outcome in predict_scans(network, predict, scans, args.output):
-        if outcome.error:
+        try:
+            if outcome.error:
+                raise outcome.error
+            print(f"{outcome.mask}  {outcome.seconds:.2f} s", flush=True)
+            _tell_doubts(outcome.scan.paths, outcome.warned)
+        except (ValueError, OSError) as error:
             failed += 1
-            print(f"error: {outcome.error}", file=sys.stderr, flush=True)
-            continue
-        print(f"{outcome.mask}  {outcome.seconds:.2f} s", flush=True)
-        _tell_doubts(outcome.scan.paths, outcome.warned)
+            print(f"error: {error}", file=sys.stderr, flush=True)
     if failed:
         sys.exit(f"error: {failed} of {len(scans)} scans could not be segmented; the reasons are above.")
 

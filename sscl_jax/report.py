@@ -34,7 +34,7 @@ CURVES = (
     ("terms of the loss", ("sup_ce", "sup_dice", "pl_ce", "pl_dice", "cons")),
     ("contrast", ("con",)),
     ("share of pixels with a pseudo-label", ("pl_coverage",)),
-    ("soft Dice of the class known least", ("pl_competence",)),
+    ("least soft Dice of a class, on the labels of a step", ("pl_competence",)),
     ("pseudo-labels of the foreground on val", ("val_pl_coverage", "val_pl_accuracy")),
     ("weights of the terms", ("weight_contrast", "weight_consistency", "weight_pseudo_label")),
     ("learning rate", ("learning_rate",)),

@@ -1,6 +1,7 @@
 """Names of files and folders: whatever they are, nothing is written outside the output folder."""
 
 import csv
+import struct
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,6 +133,18 @@ def test_predict_writes_names_of_any_kind_only_where_it_should(stub, tmp_path):
     assert_only_new_in(tmp_path / "out ü", tmp_path, before)
     masks = sorted(str(p.relative_to(tmp_path / "out ü")) for p in (tmp_path / "out ü").rglob("*.nii.gz"))
     assert masks == sorted([*(f"sub {i}/{name}.nii.gz" for i, name in enumerate(NAMES)), "link.nii.gz", "up.nii.gz"])
+
+
+def test_predict_goes_on_behind_a_qform_without_rotation(stub, tmp_path, capsys):
+    for name in "abc":
+        write_scan(tmp_path / "in" / f"{name}.nii", ord(name))
+    with open(tmp_path / "in" / "b.nii", "r+b") as file:
+        file.seek(252)  # qform_code, sform_code, quatern_b, quatern_c, quatern_d
+        file.write(struct.pack("<hhfff", 1, 1, 0.9, 0.9, 0.9))
+    run_predict(tmp_path / "in", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii", "b.nii", "c.nii"]
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line)
+    assert line.startswith(f"warning: {tmp_path / 'in' / 'b.nii'}: its qform holds no rotation")
 
 
 @pytest.mark.parametrize("given", ["in/../in/a.nii.gz", "in/sub/../a.nii.gz", "in/sub/..", "in/."])

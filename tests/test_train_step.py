@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import subprocess
@@ -415,6 +416,17 @@ def test_pseudo_labels_teach_as_much_as_the_least_known_class_is_known(blind, ch
     np.testing.assert_allclose(metrics["loss"], sup + metrics["pl_competence"] * pl, rtol=1e-5)
 
 
+def test_the_gradient_takes_competence_for_a_constant(cheap):
+    fields = {"pseudo_label.ramp_steps": 0, "pseudo_label.threshold": 0.0}
+    states, metrics = run(small("pseudo_label", **fields, **{"pseudo_label.competence": True}), steps=1)
+    assert 0.01 < metrics["pl_competence"] < 0.9
+    fields["pseudo_label.weight"] = metrics["pl_competence"]
+    constant, _ = run(small("pseudo_label", **fields), steps=1)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, states[-1].student, constant[-1].student)
+    assert differ(states[0].student, states[-1].student)
+
+
 def test_a_batch_with_nothing_confident_is_finite(cheap, monkeypatch):
     config = small("anatomical_pl", **{"contrast.threshold": 1.0, "pseudo_label.threshold": 1.0})
     # Not even a label is sure of its class.
@@ -438,7 +450,11 @@ SEVERAL = {
         },
         2,
     ),  # fmt: skip
-    "region_pl": ("region_pl", {"model.norm": "batch", "pseudo_label.threshold": 0.3}, 4),
+    "region_pl": (
+        "region_pl",
+        {"model.norm": "batch", "pseudo_label.threshold": 0.3, "pseudo_label.competence": True},
+        4,
+    ),
 }
 
 

@@ -671,7 +671,9 @@ def test_scans_keep_their_order_errors_and_warnings(tmp_path, monkeypatch):
     read = predict.read_scan
 
     def warn_and_read(paths, channels):
+        time.sleep(0.05)  # for another thread to catch it, if scans were read in several
         warnings.warn(f"read {paths[0].name}", stacklevel=1)
+        time.sleep(0.05)
         return read(paths, channels)
 
     monkeypatch.setattr(predict, "read_scan", warn_and_read)

@@ -191,7 +191,10 @@ def header_warning(path: str | Path) -> str:
     image: Any = nib.load(path)
     header = image.header
     _keep_zero_sizes(header, Path(path))
-    sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
+    try:
+        sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
+    except ValueError as error:
+        return f"{path}: its qform holds no rotation ({error}): the sform counts; correct the header"
     if sform is None and qform is None:
         axes, sizes = "".join(nib.aff2axcodes(image.affine)), _sizes(voxel_sizes(_affine(header)))
         return (

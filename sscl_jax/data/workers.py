@@ -19,11 +19,12 @@ _Out = TypeVar("_Out")
 
 
 def map_ahead(
-    function: Callable[[_In], _Out], items: Iterable[_In], workers: Workers = 0
+    function: Callable[[_In], _Out], items: Iterable[_In], workers: Workers = 0, threads: int = 0
 ) -> Generator[_Out, None, None]:
     """`map` in threads, or in processes: results in order, with only a few more of them made than are taken.
 
-    Up to 8 threads do, for decompression and resampling release the interpreter's lock. Processes need a `function` and
+    Without `threads` as many as there are cores do, up to 8, for decompression and resampling release the interpreter's
+    lock. Processes need a `function` and
     `items` that can be pickled. The workers of a pipeline are not used: see `spread`.
 
     Raises:
@@ -31,7 +32,7 @@ def map_ahead(
       What `function` raises.
     """
     processes = workers if isinstance(workers, int) else 0
-    number = processes or min(8, max(2, os.cpu_count() or 1))
+    number = processes or threads or min(8, max(2, os.cpu_count() or 1))
     with _pool(processes, number) as pool:
         pending: deque = deque()
         try:
