@@ -246,7 +246,7 @@ def read_by_prepare(image: Path, label: Path, mask: Path) -> str:
 
 def read_by_predict(image: Path, label: Path, mask: Path) -> str:
     """Segments, and reads the label as `evaluate` does."""
-    predict.write_mask(NETWORK, first_class, predict.read_prepared(NETWORK, [image]), mask)  # type: ignore[arg-type]
+    predict.segment_scan(NETWORK, first_class, predict.read_prepared(NETWORK, [image]), mask)  # type: ignore[arg-type]
     nifti.read_label(label)
     return ""
 

@@ -163,7 +163,7 @@ def read_prepared(network: experiment.Network, paths: Sequence[Path]) -> Prepare
     return Prepared([recipes.prepare_image(frame, grid, network.recipe) for frame in frames], grid, affine, header)
 
 
-def write_mask(network: experiment.Network, predict: evaluate.Predictor, scan: Prepared, output: Path) -> None:
+def segment_scan(network: experiment.Network, predict: evaluate.Predictor, scan: Prepared, output: Path) -> None:
     """Segments a scan, frame by frame, and writes its mask.
 
     Args:
@@ -207,7 +207,7 @@ def predict_scans(
                 prepared = read_prepared(network, scan.paths)
             except Exception as raised:  # for its turn: the scans before it are not told yet
                 error = raised
-        warned = [str(each.message) for each in found or ()]
+        warned = [str(each.message) for each in found]
         return Outcome(scan, target, error, time.monotonic() - start, warned), prepared
 
     def finish(item: tuple[Outcome, Prepared | None]) -> Outcome:
@@ -215,7 +215,7 @@ def predict_scans(
         start, error = time.monotonic(), outcome.error
         if prepared:
             try:
-                write_mask(network, predict, prepared, outcome.mask)
+                segment_scan(network, predict, prepared, outcome.mask)
             except Exception as raised:
                 error = raised
         return outcome._replace(error=error, seconds=outcome.seconds + time.monotonic() - start)

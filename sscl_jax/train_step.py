@@ -19,6 +19,7 @@ import optax
 
 from sscl_jax import augment, contrast, losses
 from sscl_jax.models import UNet
+from sscl_jax.models.unet import pool
 from sscl_jax.train_state import TrainState
 
 Batch = dict[str, dict[str, jax.Array]]
@@ -155,14 +156,6 @@ def paste(tree: Any, other: Any, box: jax.Array) -> Any:
     return jax.tree.map(mix, tree, other)
 
 
-def average_pool(x: jax.Array, level: int, rank: int) -> jax.Array:
-    """Means of 2**level blocks: (batch, *spatial, channels) to (batch, *spatial / 2**level, channels)."""
-    step = 2**level
-    blocks = [d for n in x.shape[1 : 1 + rank] for d in (n // step, step)]
-    x = x.reshape(x.shape[0], *blocks, x.shape[-1])
-    return jnp.mean(x, axis=tuple(range(2, 2 + 2 * rank, 2)))
-
-
 def describe_pixels(probs: jax.Array, views: dict[str, jax.Array], contrast_: Contrast) -> contrast.Pixels:
     """What the samplers need to know, on the feature grid.
 
@@ -170,10 +163,9 @@ def describe_pixels(probs: jax.Array, views: dict[str, jax.Array], contrast_: Co
     border is not confident, even where the class of every pixel is known. Positions are those of a block's centre.
     """
     batch, *spatial, classes = probs.shape
-    rank, level = len(spatial), contrast_.level
-    pooled = average_pool(probs, level, rank).reshape(batch, -1, classes)
-    step = 2**level
-    centre = (slice(None), *(slice(step // 2, None, step),) * rank)
+    step = 2**contrast_.level
+    pooled = pool(probs, step, jnp.mean).reshape(batch, -1, classes)
+    centre = (slice(None), *(slice(step // 2, None, step),) * len(spatial))
     plane, depth, inside = (views[name][centre] for name in ("plane", "depth", "inside"))
     parts = contrast_.partitions
     partition = jnp.clip(jnp.floor(depth * parts).astype(jnp.int32), 0, parts - 1)
@@ -248,7 +240,8 @@ def make_train_step(
     def segmentation_loss(logits, labels, weight, term, metrics):
         """This device's share of half cross-entropy, half soft Dice over the global batch, of the classes it holds.
 
-        And the least soft Dice of these classes, in [0, 1]: how well the class is known that is known least.
+        And the least soft Dice of these classes, in [0, 1] and a constant: how well the class is known that is known
+        least.
         """
         ce = jnp.sum(losses.cross_entropy(logits, labels) * weight)
         pixels = global_sum(jnp.asarray(weight.size, jnp.float32))
@@ -261,8 +254,8 @@ def make_train_step(
         dice = jnp.average(by_class, weights=held.astype(jnp.float32))
         metrics[f"{term}_ce"] = (global_sum(ce), pixels)
         metrics[f"{term}_dice"] = (dice, jnp.ones(()))
+        least = jax.lax.stop_gradient(1.0 - jnp.max(jnp.where(held, by_class, 0.0)))
         # Every device holds the whole Dice; the shares must add up to it once.
-        least = 1.0 - jnp.max(jnp.where(held, by_class, 0.0))
         return 0.5 * ce / pixels + 0.5 * dice / global_sum(1), least
 
     def draw(keys, pixels, count):
@@ -352,8 +345,8 @@ def make_train_step(
                 term, _ = segmentation_loss(logits[num_labeled:], target, sure_weight, "pl", metrics)
                 # The pixels of a class that is not known yet are, surely, taken for background.
                 if pseudo_label_competence:
-                    term *= jax.lax.stop_gradient(competence)
-                    metrics["pl_competence"] = (jax.lax.stop_gradient(competence), jnp.ones(()))
+                    term *= competence
+                    metrics["pl_competence"] = (competence, jnp.ones(()))
                 loss += pseudo_label_weight(state.step) * term
                 counts = jnp.sum(sure_weight), jnp.sum(mixed["inside"].astype(jnp.float32))
                 metrics["pl_coverage"] = global_sum(counts)

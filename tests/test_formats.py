@@ -482,7 +482,7 @@ class BrightOfTwo(Bright):
 def test_masks_lie_where_itk_sees_the_scan(tmp_path):
     image = itk_image(voxels())
     sitk.WriteImage(image, tmp_path / "scan.nrrd")
-    predict.write_mask(
+    predict.segment_scan(
         Bright, Bright.predict, predict.read_prepared(Bright, [tmp_path / "scan.nrrd"]), tmp_path / "mask.nii.gz"
     )
     mask = sitk.ReadImage(tmp_path / "mask.nii.gz")
@@ -492,7 +492,9 @@ def test_masks_lie_where_itk_sees_the_scan(tmp_path):
     np.testing.assert_array_equal(sitk.GetArrayFromImage(mask).T, (voxels() > 0) * 7)
 
     write_series(tmp_path / "ct")
-    predict.write_mask(Bright, Bright.predict, predict.read_prepared(Bright, [tmp_path / "ct"]), tmp_path / "ct.nii.gz")
+    predict.segment_scan(
+        Bright, Bright.predict, predict.read_prepared(Bright, [tmp_path / "ct"]), tmp_path / "ct.nii.gz"
+    )
     series = sitk.ReadImage([str(p) for p in sorted((tmp_path / "ct").iterdir())])
     mask = sitk.ReadImage(tmp_path / "ct.nii.gz")
     for field in ("Size", "Spacing", "Origin", "Direction"):
@@ -549,7 +551,7 @@ def test_channels_in_files_of_their_own(tmp_path):
     assert [len(scan.paths) for scan in one] == [2] and str(one[0].mask) == "p1.nii.gz"
 
     sitk.WriteImage(itk_image(voxels(9)), tmp_path / "p1_0001.nii.gz")
-    predict.write_mask(
+    predict.segment_scan(
         BrightOfTwo, Bright.predict, predict.read_prepared(BrightOfTwo, one[0].paths), tmp_path / "mask.nii.gz"
     )
     np.testing.assert_array_equal(nifti.read_label(tmp_path / "mask.nii.gz")[0], (voxels(9) > 0) * 7)

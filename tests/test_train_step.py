@@ -14,6 +14,7 @@ from conftest import tiny
 
 from configs import base
 from sscl_jax import augment, experiment, parallel, train_step
+from sscl_jax.models.unet import pool
 from sscl_jax.train_step import Contrast, Views
 
 STILL = Views(
@@ -67,7 +68,7 @@ def test_scope_encoder_copies_the_rest():
 
 
 @pytest.mark.parametrize(("shape", "level"), [((8, 4), 1), ((8, 4), 2), ((8, 4), 0), ((4, 8, 2), 1)])
-def test_average_pool_by_brute_force(shape, level):
+def test_means_of_blocks_by_brute_force(shape, level):
     x = np.random.default_rng(0).normal(size=(2, *shape, 3)).astype("f4")
     step = 2**level
     small = [n // step for n in shape]
@@ -75,7 +76,7 @@ def test_average_pool_by_brute_force(shape, level):
     for index in np.ndindex(*small):
         block = x[(slice(None), *(slice(i * step, (i + 1) * step) for i in index))]
         expected[(slice(None), *index)] = block.reshape(2, -1, 3).mean(1)
-    np.testing.assert_allclose(train_step.average_pool(jnp.asarray(x), level, len(shape)), expected, atol=1e-6)
+    np.testing.assert_allclose(pool(jnp.asarray(x), step, jnp.mean), expected, atol=1e-6)
 
 
 def test_paste_by_brute_force():
@@ -430,7 +431,7 @@ def test_the_gradient_takes_competence_for_a_constant(cheap):
 def test_a_batch_with_nothing_confident_is_finite(cheap, monkeypatch):
     config = small("anatomical_pl", **{"contrast.threshold": 1.0, "pseudo_label.threshold": 1.0})
     # Not even a label is sure of its class.
-    monkeypatch.setattr(train_step, "average_pool", lambda x, level, rank: 0.5 * jnp.mean(x) + 0 * x[:, ::2, ::2])
+    monkeypatch.setattr(train_step, "pool", lambda x, size, reduce: 0.5 * jnp.mean(x) + 0 * x[:, ::2, ::2])
     states, metrics = run(config, steps=1, key="unsure")
     assert metrics["con"] == 0 and metrics["pl_coverage"] == 0 and metrics["pl_ce"] == 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((states[-1], metrics)))

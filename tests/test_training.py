@@ -610,7 +610,7 @@ def segment_array(array, affine, folder, dtype=None, **save):
     for name, value in save.items():
         image.header[name] = value
     nibabel.save(image, folder / "scan.nii.gz")
-    predict.write_mask(
+    predict.segment_scan(
         Stub, Stub.predict, predict.read_prepared(Stub, [folder / "scan.nii.gz"]), folder / "mask.nii.gz"
     )
     mask = nibabel.load(folder / "mask.nii.gz")
@@ -691,7 +691,9 @@ def test_a_scaled_header_does_not_scale_the_mask(tmp_path):
     image = nibabel.Nifti1Image(scan().astype("f8") * 0.5 + 3, AFFINE)
     image.header.set_data_dtype(np.int16)  # nibabel chooses a slope and an intercept
     nibabel.save(image, tmp_path / "scan.nii")
-    predict.write_mask(Stub, Stub.predict, predict.read_prepared(Stub, [tmp_path / "scan.nii"]), tmp_path / "mask.nii")
+    predict.segment_scan(
+        Stub, Stub.predict, predict.read_prepared(Stub, [tmp_path / "scan.nii"]), tmp_path / "mask.nii"
+    )
     assert nibabel.load(tmp_path / "scan.nii").dataobj.slope != 1
     assert set(np.unique(nifti.read_label(tmp_path / "mask.nii")[0])) <= {0, 10, 20, 40}
 

@@ -24,8 +24,8 @@ def map_ahead(
     """`map` in threads, or in processes: results in order, with only a few more of them made than are taken.
 
     Without `threads` as many as there are cores do, up to 8, for decompression and resampling release the interpreter's
-    lock. Processes need a `function` and
-    `items` that can be pickled. The workers of a pipeline are not used: see `spread`.
+    lock. Processes need a `function` and `items` that can be pickled. The workers of a pipeline are not used: see
+    `spread`.
 
     Raises:
       OSError: a process was killed.

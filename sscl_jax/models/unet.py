@@ -5,7 +5,7 @@ channel axis. Parameters fall into three top-level groups, `encoder`, `decoder` 
 can average the encoder alone or the whole network.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -120,14 +120,19 @@ def conv_block(remat: bool) -> type[ConvBlock]:
     return nn.remat(ConvBlock, static_argnums=(2,)) if remat else ConvBlock
 
 
-def max_pool(x: jax.Array) -> jax.Array:
-    """Halves every spatial axis of (batch, *spatial, channels); the sizes must be even.
+def pool(x: jax.Array, size: int, reduce: Callable) -> jax.Array:
+    """Makes one pixel of each block: (batch, *spatial, channels) to (batch, *spatial / size, channels).
 
-    The maximum of blocks: on CPU both it and its gradient are faster than XLA's reduce_window, or than the maximum of
-    strided slices.
+    By blocks of a reshaped array: on CPU both this and its gradient are faster than XLA's reduce_window, or than
+    reducing strided slices.
     """
-    blocks = [d for n in x.shape[1:-1] for d in (n // 2, 2)]
-    return jnp.max(x.reshape(x.shape[0], *blocks, x.shape[-1]), axis=tuple(range(2, 1 + len(blocks), 2)))
+    blocks = [d for n in x.shape[1:-1] for d in (n // size, size)]
+    return reduce(x.reshape(x.shape[0], *blocks, x.shape[-1]), axis=tuple(range(2, 1 + len(blocks), 2)))
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """Halves every spatial axis of (batch, *spatial, channels); the sizes must be even."""
+    return pool(x, 2, jnp.max)
 
 
 def depth_to_space(x: jax.Array, rank: int) -> jax.Array:
