@@ -5,6 +5,7 @@ channel axis. Parameters fall into three top-level groups, `encoder`, `decoder` 
 can average the encoder alone or the whole network.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -204,7 +205,10 @@ class Decoder(nn.Module):
             block = conv_block(self.remat)(width, self.norm, self.axis_name, name=f"ConvBlock_{i}")
             x = block(jnp.concatenate([skip, up], -1), train)
             features.insert(0, x)
-        return nn.Dense(self.num_classes, bias_init=background_bias, dtype=x.dtype)(x), features
+        # Summed and kept in float32: losses and the teacher's confidence hang on differences of logits.
+        dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+        head = nn.Dense(self.num_classes, bias_init=background_bias, dtype=x.dtype, dot_general=dot)
+        return head(x), features
 
 
 class Projector(nn.Module):
@@ -274,7 +278,7 @@ class UNet(nn.Module):
         logits, features = self.decoder(self.encoder(images.astype(self.dtype), train), train)
         if self.is_initializing():
             self.projector(features[self.feature_level])
-        return logits.astype(jnp.float32), features[self.feature_level]
+        return logits, features[self.feature_level]
 
     def project(self, features: jax.Array) -> jax.Array:
         """Unit-norm projections: (..., widths[feature_level]) to (..., projection_dim)."""
