@@ -1,8 +1,8 @@
-"""Puts trainings side by side, by case.
+"""Puts trainings side by side, by patient.
 
     python -m sscl_jax.compare runs/acdc_supervised runs/acdc [--split=val] [--network=teacher]
 
-The first is the one that the others are compared with, in paired differences over the same cases.
+The first is the one that the others are compared with, in paired differences over the same patients.
 """
 
 import csv
@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -19,11 +20,20 @@ from sscl_jax import cli
 
 METRICS = ("dice", "jaccard", "hd95_mm", "assd_mm")
 
-Rows = dict[tuple[str, str], dict[str, float]]  # by case and class; NaN where the class does not count in the case
+
+class Key(NamedTuple):
+    """What a row of a case table is about."""
+
+    patient: str
+    case: str
+    label: str  # name of the class
+
+
+Rows = dict[Key, dict[str, float]]  # values are NaN where the class does not count in the case
 
 
 def read_cases(workdir: Path, split: str, network: str) -> Rows:
-    """The rows of a training's case table: (case, class) to `METRICS` and `flagged`.
+    """The rows of a training's case table, with `METRICS` and `flagged`.
 
     Raises:
       FileNotFoundError: the training has no such table.
@@ -33,7 +43,7 @@ def read_cases(workdir: Path, split: str, network: str) -> Rows:
         raise FileNotFoundError(f"{path}: no such table; let the training end, or choose another --split.")
     with open(path, newline="", encoding="utf-8") as file:
         return {
-            (row["case"], row["class"]): {
+            Key(row["patient"], row["case"], row["class"]): {
                 **{name: float(row[name]) if row["counted"] == "1" else math.nan for name in METRICS},
                 "flagged": float(row["flagged"]),
             }
@@ -42,28 +52,28 @@ def read_cases(workdir: Path, split: str, network: str) -> Rows:
         }
 
 
-def counted(rows: Rows, name: str, place: int) -> dict[str, list[float]]:
-    """Values of a metric that count, by case (`place` 0) or by class (1), in the order of the table."""
+def counted(rows: Rows, name: str, by: str) -> dict[str, list[float]]:
+    """Values of a metric that count, `by` "case" or "label", in the order of the table."""
     values: dict[str, list[float]] = {}
     for key, row in rows.items():
         if not math.isnan(row[name]):
-            values.setdefault(key[place], []).append(row[name])
+            values.setdefault(getattr(key, by), []).append(row[name])
     return values
 
 
 def flagged(rows: Rows, name: str) -> int:
     """In how many cases a class is flagged: missed altogether, or found where there is none."""
-    return int(sum(row["flagged"] for (_, each), row in rows.items() if each == name))
+    return int(sum(row["flagged"] for key, row in rows.items() if key.label == name))
 
 
 def case_means(rows: Rows, name: str) -> dict[str, float]:
     """Mean of each case over the classes that count in it; a case without any is left out."""
-    return {case: float(np.mean(values)) for case, values in counted(rows, name, 0).items()}
+    return {case: float(np.mean(values)) for case, values in counted(rows, name, "case").items()}
 
 
 def class_means(rows: Rows, name: str) -> dict[str, float]:
     """Mean of each class over the cases in which it counts; a class that counts in none is left out."""
-    return {each: float(np.mean(values)) for each, values in counted(rows, name, 1).items()}
+    return {each: float(np.mean(values)) for each, values in counted(rows, name, "label").items()}
 
 
 def class_mean(rows: Rows, name: str) -> float:
@@ -73,23 +83,27 @@ def class_mean(rows: Rows, name: str) -> float:
 
 
 def paired(a: Rows, b: Rows) -> tuple[float, float, int, float]:
-    """Difference b - a of the mean Dice of each case: mean, standard deviation, n, Wilcoxon signed-rank p.
+    """Difference b - a of the mean Dice of each patient: mean, standard deviation, n, Wilcoxon signed-rank p.
 
-    Which classes count depends on the prediction too, so each case is compared over the classes that count in both;
-    one without such a class is left out of n.
+    Volumes of one patient are alike: taken for independent ones they would make p too small. So a patient counts once,
+    with the mean over its cases. Which classes count depends on the prediction too, so each case is compared over the
+    classes that count in both; a patient without any is left out of n.
 
     Raises:
       ValueError: the two were not measured on the same cases and classes, or share none that counts.
     """
     if a.keys() != b.keys():
         raise ValueError("the trainings were not measured on the same cases: their splits differ.")
-    differences: dict[str, list[float]] = {}
-    for (case, name), row in a.items():
-        if not math.isnan(difference := b[case, name]["dice"] - row["dice"]):
-            differences.setdefault(case, []).append(difference)
-    if not differences:
+    cases: dict[tuple[str, str], list[float]] = {}
+    for key, row in a.items():
+        if not math.isnan(difference := b[key]["dice"] - row["dice"]):
+            cases.setdefault((key.patient, key.case), []).append(difference)
+    patients: dict[str, list[float]] = {}
+    for (patient, _), values in cases.items():
+        patients.setdefault(patient, []).append(float(np.mean(values)))
+    if not patients:
         raise ValueError("the trainings have no case with a class that counts in both.")
-    d = np.array([np.mean(values) for values in differences.values()])
+    d = np.array([np.mean(values) for values in patients.values()])
     p = float(stats.wilcoxon(d).pvalue) if len(d) > 1 and np.any(d != 0) else math.nan
     return float(d.mean()), float(d.std()), len(d), p
 
@@ -97,9 +111,9 @@ def paired(a: Rows, b: Rows) -> tuple[float, float, int, float]:
 def compare(workdirs: Sequence[Path], split: str, network: str) -> str:
     """The table as text."""
     runs = [read_cases(workdir, split, network) for workdir in workdirs]
-    classes = list(dict.fromkeys(c for _, c in runs[0]))
+    classes = list(dict.fromkeys(key.label for key in runs[0]))
     width = max(len(str(workdir)) for workdir in workdirs)
-    header = ["Dice %", *classes, "HD95 mm", "difference to the first, by case (Wilcoxon p)"]
+    header = ["Dice %", *classes, "HD95 mm", "difference to the first, by patient (Wilcoxon p)"]
     lines = [f"{split}, {network}", f"{'':{width}}  " + "  ".join(f"{h:>10}" for h in header)]
     for workdir, rows in zip(workdirs, runs, strict=True):
         config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))

@@ -104,8 +104,8 @@ def write_card(workdir: Path) -> Path:
 def _results(split: str, tables: dict[str, compare.Rows]) -> str:
     lines = []
     for network, rows in tables.items():
-        dice, distance = compare.counted(rows, "dice", 1), compare.counted(rows, "hd95_mm", 1)
-        for name in dict.fromkeys(c for _, c in rows):
+        dice, distance = compare.counted(rows, "dice", "label"), compare.counted(rows, "hd95_mm", "label")
+        for name in dict.fromkeys(key.label for key in rows):
             values = dice.get(name, [])
             cells = ["n/a", "n/a"]
             if values:

@@ -220,7 +220,7 @@ def _comparison(run: Run, others: Sequence[Run]) -> list[str]:
             lines.append([str(cell) for cell in cells])
         header = ["training", "method", "labelled", "seed", "Dice %", "HD95 mm", "this one minus that one", "n", "p"]
         parts.append(f"<h3>{split}, teacher</h3>" + _table(header, lines))
-    note = "Differences of the cases' mean Dice, mean ± standard deviation; p: Wilcoxon signed-rank test."
+    note = "Differences of the patients' mean Dice, mean ± standard deviation; p: Wilcoxon signed-rank test."
     return [*parts, f'<p class="note">{note}</p>']
 
 
@@ -262,10 +262,10 @@ def _results(run: Run, split: str) -> list[str]:
 def _class_table(tables: dict[str, compare.Rows]) -> str:
     lines = []
     for network, rows in tables.items():
-        for name in dict.fromkeys(c for _, c in rows):
+        for name in dict.fromkeys(key.label for key in rows):
             cells = [f"{network}, {name}"]
             for metric, scale in zip(compare.METRICS, (100, 100, 1, 1), strict=True):
-                values = scale * np.array(compare.counted(rows, metric, 1).get(name, []))
+                values = scale * np.array(compare.counted(rows, metric, "label").get(name, []))
                 cells.append(f"{values.mean():.2f} ± {values.std():.2f}" if values.size else "n/a")
             lines.append([*cells, str(values.size), str(compare.flagged(rows, name))])
     header = ["class", "Dice %", "Jaccard %", "HD95 mm", "ASSD mm", "n", "flagged"]
@@ -273,8 +273,8 @@ def _class_table(tables: dict[str, compare.Rows]) -> str:
 
 
 def _strip_plot(rows: compare.Rows, split: str) -> str:
-    classes = list(dict.fromkeys(c for _, c in rows))
-    values = compare.counted(rows, "dice", 1)
+    classes = list(dict.fromkeys(key.label for key in rows))
+    values = compare.counted(rows, "dice", "label")
     figure, axis = plt.subplots(figsize=(7.5, 0.6 + 0.45 * len(classes)), layout="constrained")
     for place, name in enumerate(classes):
         points = np.array(values.get(name, []))
@@ -293,9 +293,9 @@ def _case_table(rows: compare.Rows, cases: Sequence[str], split: str, pictures: 
     lines = []
     for case in cases:
         detail = ", ".join(
-            f"{name} {100 * row['dice']:.1f}{' (flagged)' if row['flagged'] else ''}"
-            for (each, name), row in rows.items()
-            if each == case and not math.isnan(row["dice"])
+            f"{key.label} {100 * row['dice']:.1f}{' (flagged)' if row['flagged'] else ''}"
+            for key, row in rows.items()
+            if key.case == case and not math.isnan(row["dice"])
         )
         link = f'<a href="#{split}-{_text(case)}">{_text(case)}</a>' if case in pictures else _text(case)
         lines.append([link, f"{100 * dice[case]:.1f}", f"{distance[case]:.1f}", _text(detail)])

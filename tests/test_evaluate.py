@@ -265,15 +265,18 @@ def test_empty_folders_and_masks_are_an_error(tmp_path, masks):
 
 
 def run_table(workdir, dice):
-    """A finished training's case table; `dice` is {(case, class): value or None where it does not count}."""
+    """A finished training's case table; `dice` is {(case, class): value or None where it does not count}.
+
+    The patient of a case is its first letter.
+    """
     workdir.mkdir()
     with open(workdir / "val_cases.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(evaluate.CASE_COLUMNS)
         for (case, name), value in dice.items():
             numbers = ["nan"] * 4 if value is None else [value, value, 3.0, 1.0]
-            writer.writerow(["teacher", case, case, name, *numbers, int(value is not None), 0])
-            writer.writerow(["student", case, case, name, 0.2, 0.2, 9.0, 9.0, 1, 0])
+            writer.writerow(["teacher", case, case[0], name, *numbers, int(value is not None), 0])
+            writer.writerow(["student", case, case[0], name, 0.2, 0.2, 9.0, 9.0, 1, 0])
     config = {"method": workdir.name, "seed": 0, "data": {"labeled_patients": 2}}
     (workdir / "config.json").write_text(json.dumps(config))
 
@@ -302,7 +305,19 @@ def test_pairs_are_compared_by_case_where_both_count(tmp_path):
     assert p == pytest.approx(2 * 2 / 8)
     assert np.isnan(compare.paired(one, one)[3])
     with pytest.raises(ValueError, match="not measured on the same cases"):
-        compare.paired(one, {key: row for key, row in two.items() if key[0] != "c"})
+        compare.paired(one, {key: row for key, row in two.items() if key.case != "c"})
+
+
+def test_volumes_of_one_patient_count_as_one(tmp_path):
+    before = {("a1", "x"): 0.5, ("a1", "y"): 0.7, ("a2", "x"): 0.6, ("a2", "y"): None, ("b1", "x"): 0.9}
+    after = {("a1", "x"): 0.6, ("a1", "y"): 0.9, ("a2", "x"): 0.9, ("a2", "y"): 0.2, ("b1", "x"): 0.8}
+    run_table(tmp_path / "one", before)
+    run_table(tmp_path / "two", after)
+    one, two = (compare.read_cases(tmp_path / name, "val", "teacher") for name in ("one", "two"))
+    mean, std, n, p = compare.paired(one, two)
+    # Cases: a1 (0.1 + 0.2) / 2, a2 0.3, b1 -0.1; patients: a (0.15 + 0.3) / 2, b -0.1. Two of opposite sign: p = 1.
+    assert (mean, std, n) == (pytest.approx((0.225 - 0.1) / 2), pytest.approx((0.225 + 0.1) / 2), 2)
+    assert p == pytest.approx(1.0)
 
 
 def test_what_counts_in_one_training_only_is_no_difference_of_splits(tmp_path):
@@ -328,13 +343,13 @@ def test_case_table_goes_out_and_in(tmp_path):
     read = compare.read_cases(tmp_path, "val", "teacher")
     names = (*compare.METRICS, "flagged")
     assert {key: [row[name] for name in names] for key, row in read.items()} == {
-        ("a", "x"): [0.5, 0.3, 7.0, 1.0, 0.0],
-        ("a", "y"): [0.6, 0.4, 8.0, 2.0, 0.0],
-        ("b", "x"): pytest.approx([np.nan] * 4 + [0.0], nan_ok=True),
-        ("b", "y"): [0.25, 0.25, 0.25, 0.25, 1.0],
+        ("p", "a", "x"): [0.5, 0.3, 7.0, 1.0, 0.0],
+        ("p", "a", "y"): [0.6, 0.4, 8.0, 2.0, 0.0],
+        ("q", "b", "x"): pytest.approx([np.nan] * 4 + [0.0], nan_ok=True),
+        ("q", "b", "y"): [0.25, 0.25, 0.25, 0.25, 1.0],
     }
-    assert compare.counted(read, "dice", 0) == {"a": [0.5, 0.6], "b": [0.25]}
-    assert compare.counted(read, "dice", 1) == {"x": [0.5], "y": [0.6, 0.25]}
+    assert compare.counted(read, "dice", "case") == {"a": [0.5, 0.6], "b": [0.25]}
+    assert compare.counted(read, "dice", "label") == {"x": [0.5], "y": [0.6, 0.25]}
     assert compare.case_means(read, "hd95_mm") == {"a": 7.5, "b": 0.25}
     with open(tmp_path / "val_cases.csv", newline="") as file:
         table = list(csv.DictReader(file))

@@ -117,7 +117,7 @@ def test_one_class_nothing_measured_and_nothing_there(tmp_path):
         report.write_report(tmp_path)
 
 
-def test_comparison_is_paired_by_case(tmp_path, capsys):
+def test_comparison_is_paired_by_patient(tmp_path, capsys):
     better = {key: None if value is None else value / 2 + 0.4 for key, value in DICE.items()}
     ours, theirs = make_run(tmp_path / "ours", better), make_run(tmp_path / "theirs", DICE)
     report.main(["--workdir", str(ours), "--compare", str(theirs)])
