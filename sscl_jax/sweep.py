@@ -130,7 +130,7 @@ def write_results(output: Path, runs: Sequence[Fields]) -> str:
 
 
 def format_results(rows: Sequence[dict]) -> str:
-    """A Markdown table, one line for each config: mean ± standard deviation over its seeds and labelled patients.
+    """A Markdown table, one line for each config: mean ± standard deviation over its repeats, where it has some.
 
     The gain is over the first config on the same task: `TASK` fields equal, run by run.
     """
@@ -144,7 +144,9 @@ def format_results(rows: Sequence[dict]) -> str:
         first.setdefault(_task(row), row)
 
     def spread(values: list[float]) -> str:
-        return f"{np.mean(values):.3g} ± {np.std(values):.2g}" if values else ""
+        if len(values) < 2:
+            return f"{values[0]:.3g}" if values else ""
+        return f"{np.mean(values):.3g} ± {np.std(values):.2g}"
 
     lines = [
         "| config | n | Dice % | gain | HD95 mm | compactness | separability | pseudo-labels right % | minutes |",
