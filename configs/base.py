@@ -88,7 +88,7 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.pseudo_label.weight = 0.0  # final weight of the term; 0 = off
     config.pseudo_label.ramp_steps = 500  # sigmoid ramp-up
     config.pseudo_label.threshold = 0.9  # least confidence of a pseudo-label
-    config.pseudo_label.competence = False  # weight times the least soft Dice of a class on the labels
+    config.pseudo_label.competence = True  # weight times the least soft Dice of a class on the labels
 
     config.augment = ConfigDict()
     config.augment.rotate = 20.0  # degrees, either way

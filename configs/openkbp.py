@@ -33,7 +33,6 @@ def get_config(method: str = "pseudo_label") -> ConfigDict:
     config.contrast.ramp_steps = 600
     config.consistency.ramp_steps = 600
     config.pseudo_label.ramp_steps = 600
-    config.pseudo_label.competence = True
     config.steps = 2000
     config.eval.every = 500
     config.eval.final_overlap = 0.25

@@ -277,18 +277,18 @@ def differ(one, other):
 
 
 GROUPS = ("encoder", "decoder", "projector")
-PSEUDO_LABEL = {"pl_ce", "pl_dice", "pl_coverage"}
+PSEUDO_LABEL = {"pl_ce", "pl_dice", "pl_coverage", "pl_competence"}
 # What each method reports beside the supervised terms, and options that it tries out on the way.
 EXPECTED = {
     "supervised": (set(), {}),
     "mean_teacher": ({"cons"}, {}),
     "region": ({"con"}, {"data.patch_size": (8, 8, 8), "augment.flip": (False,) * 3}),
     "anatomical": ({"con"}, {"contrast.positives": "means", "contrast.level": 0, "teacher.scope": "encoder"}),
-    "pseudo_label": (
-        PSEUDO_LABEL | {"pl_competence"},
-        {"model.norm": "batch", "pseudo_label.threshold": 0.3, "pseudo_label.competence": True},
+    "pseudo_label": (PSEUDO_LABEL, {"model.norm": "batch", "pseudo_label.threshold": 0.3}),
+    "region_pl": (
+        {"con"} | PSEUDO_LABEL - {"pl_competence"},
+        {"contrast.labeled": False, "pseudo_label.competence": False},
     ),
-    "region_pl": ({"con"} | PSEUDO_LABEL, {"contrast.labeled": False}),
     "anatomical_pl": ({"con"} | PSEUDO_LABEL, {}),
 }
 
@@ -410,7 +410,7 @@ def test_pseudo_labels_teach_as_much_as_the_least_known_class_is_known(blind, ch
         params = state.student | {"decoder": state.student["decoder"] | {"Dense_1": dense}}
         return state.replace(student=params) if blind else state
 
-    fields = {"pseudo_label.competence": True, "pseudo_label.ramp_steps": 0, "pseudo_label.threshold": 0.0}
+    fields = {"pseudo_label.ramp_steps": 0, "pseudo_label.threshold": 0.0}
     _, metrics = run(small("pseudo_label", **fields), steps=1, change=change)
     sup, pl = (0.5 * metrics[f"{term}_ce"] + 0.5 * metrics[f"{term}_dice"] for term in ("sup", "pl"))
     assert 0 < metrics["pl_competence"] < (0.02 if blind else 1 - metrics["sup_dice"])
@@ -419,9 +419,9 @@ def test_pseudo_labels_teach_as_much_as_the_least_known_class_is_known(blind, ch
 
 def test_the_gradient_takes_competence_for_a_constant(cheap):
     fields = {"pseudo_label.ramp_steps": 0, "pseudo_label.threshold": 0.0}
-    states, metrics = run(small("pseudo_label", **fields, **{"pseudo_label.competence": True}), steps=1)
+    states, metrics = run(small("pseudo_label", **fields), steps=1)
     assert 0.01 < metrics["pl_competence"] < 0.9
-    fields["pseudo_label.weight"] = metrics["pl_competence"]
+    fields |= {"pseudo_label.competence": False, "pseudo_label.weight": metrics["pl_competence"]}
     constant, _ = run(small("pseudo_label", **fields), steps=1)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
     jax.tree.map(close, states[-1].student, constant[-1].student)
@@ -453,7 +453,7 @@ SEVERAL = {
     ),  # fmt: skip
     "region_pl": (
         "region_pl",
-        {"model.norm": "batch", "pseudo_label.threshold": 0.3, "pseudo_label.competence": True},
+        {"model.norm": "batch", "pseudo_label.threshold": 0.3},
         4,
     ),
 }
