@@ -3,7 +3,7 @@
 python -m data_prep.acdc --input=DIR --output=data/acdc_3mm --spacing=3
 python -m sscl_jax.main --config=configs/acdc_cpu.py --workdir=runs/acdc_1
 
-15 minutes on one core of an AMD EPYC with AVX-512: mean Dice 82.0 % on val, supervised 69.6 % (docs/results.md).
+14 minutes on one core of an AMD EPYC with AVX-512: mean Dice 81.7 % on val, supervised 69.6 % (docs/results.md).
 """
 
 from ml_collections import ConfigDict

@@ -205,7 +205,7 @@ class Decoder(nn.Module):
             block = conv_block(self.remat)(width, self.norm, self.axis_name, name=f"ConvBlock_{i}")
             x = block(jnp.concatenate([skip, up], -1), train)
             features.insert(0, x)
-        # Summed and kept in float32: losses and the teacher's confidence hang on differences of logits.
+        # Summed and kept in float32: losses and the teacher's confidence hang on small differences of logits.
         dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
         head = nn.Dense(self.num_classes, bias_init=background_bias, dtype=x.dtype, dot_general=dot)
         return head(x), features
@@ -234,7 +234,7 @@ class UNet(nn.Module):
       projection_dim: length of the unit vectors that `project` returns.
       norm: `group` or `batch`.
       axis_name: device axis for synchronised batch norm.
-      dtype: `float32` or `bfloat16`, of what is computed between image and logits. Parameters, statistics of the
+      dtype: `float32` or `bfloat16`, of what is computed between image and last features. Parameters, statistics of the
         norm, logits and projections are float32 in either case.
       remat: compute again in the backward pass what convolution blocks hold, for less memory.
     """
