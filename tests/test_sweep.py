@@ -51,8 +51,8 @@ def test_table_by_hand():
     assert lines[2:] == [
         "| method=supervised, data.labeled_patients=3 | 2 | 82 ± 2 |  | 4 ± 0 |  |  |  | 2 ± 0 |",
         "| method=supervised, data.labeled_patients=1 | 1 | 50 |  | 4 |  |  |  | 2 |",
-        "| method=region, data.labeled_patients=3 | 2 | 84 ± 1 | 2 ± 1 | 4 ± 0 |  |  | 90 ± 0 | 2 ± 0 |",
-        "| method=region, data.labeled_patients=1 | 2 | 61.2 ± 0.25 | 11 ± 0 | 4 ± 0 |  |  |  | 2 ± 0 |",
+        "| method=region, data.labeled_patients=3 | 2 | 84 ± 1 | 2 ± 1 | 4 ± 0 |  |  | 90 | 2 ± 0 |",
+        "| method=region, data.labeled_patients=1 | 2 | 61.2 ± 0.25 | 11 | 4 ± 0 |  |  |  | 2 ± 0 |",
     ]
 
 
