@@ -237,8 +237,8 @@ class TorchUNet(nn.Module):
         return F.normalize(self.projector(taken.flatten(0, 1)), dim=-1)
 
 
-def segmentation_loss(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and soft Dice over the batch, of background and the classes that it holds."""
+def segmentation_loss(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy, soft Dice loss over background and the classes of the batch, and the least soft Dice of these."""
     ce = (F.cross_entropy(logits, labels, reduction="none") * weight).mean()
     reference = F.one_hot(labels, CLASSES).movedim(-1, 1)
     probs, weight = logits.softmax(1), weight[:, None]
@@ -247,7 +247,7 @@ def segmentation_loss(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[T
     background = torch.arange(CLASSES, device=logits.device) == 0  # `held[0] = True` would make a GPU wait
     held = ((weight * reference).sum((0, 2, 3)) > 0) | background
     dice = 1 - (2 * overlap + 1) / (total + 1)
-    return ce, (dice * held).sum() / held.sum()
+    return ce, (dice * held).sum() / held.sum(), 1 - (dice * held).max().detach()
 
 
 def draw(probs: Tensor, inside: Tensor, level: int, count: int, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -353,7 +353,7 @@ class TorchStep:
         terms = self.loss(strong, labels, true, inside, query_probs, query_inside, probs, features)
         weight = {name: self.ramp(config[name]) for name in ("contrast", "pseudo_label")}
         loss = (terms["sup_ce"] + terms["sup_dice"]) / 2 + weight["contrast"] * terms["con"]
-        loss = loss + weight["pseudo_label"] * (terms["pl_ce"] + terms["pl_dice"]) / 2
+        loss = loss + weight["pseudo_label"] * terms["pl_competence"] * (terms["pl_ce"] + terms["pl_dice"]) / 2
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), config.optimizer.clip_norm)
@@ -418,10 +418,10 @@ class TorchStep:
         options = config.contrast
         with self.precision():
             logits, features = self.student(self.layout(strong))
-        ce, dice = segmentation_loss(logits[:number], labels, torch.ones_like(labels, dtype=torch.float32))
+        ce, dice, competence = segmentation_loss(logits[:number], labels, torch.ones_like(labels, dtype=torch.float32))
         confidence, target = query_probs.max(1)
         sure = (confidence >= config.pseudo_label.threshold) & query_inside[number:]
-        pl_ce, pl_dice = segmentation_loss(logits[number:], target, sure.float())
+        pl_ce, pl_dice, _ = segmentation_loss(logits[number:], target, sure.float())
 
         index, drawn, valid = draw(
             torch.cat([true, query_probs]), query_inside, options.level, options.num_queries, options.threshold
@@ -434,7 +434,9 @@ class TorchStep:
             keys = self.teacher.project(teacher_features, index)
         both, same = valid[:, None] & key_valid, drawn[:, None] == key_drawn
         con = info_nce(queries, keys, both & same, both & ~same, options.temperature)
-        return {"sup_ce": ce, "sup_dice": dice, "pl_ce": pl_ce, "pl_dice": pl_dice, "con": con}
+        return {
+            "sup_ce": ce, "sup_dice": dice, "pl_ce": pl_ce, "pl_dice": pl_dice, "pl_competence": competence, "con": con
+        }  # fmt: skip
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
