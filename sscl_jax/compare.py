@@ -94,13 +94,11 @@ def paired(a: Rows, b: Rows) -> tuple[float, float, int, float]:
     """
     if a.keys() != b.keys():
         raise ValueError("the trainings were not measured on the same cases: their splits differ.")
-    cases: dict[tuple[str, str], list[float]] = {}
-    for key, row in a.items():
-        if not math.isnan(difference := b[key]["dice"] - row["dice"]):
-            cases.setdefault((key.patient, key.case), []).append(difference)
+    patient_of = {key.case: key.patient for key in a}
+    differences: Rows = {key: {"dice": b[key]["dice"] - row["dice"]} for key, row in a.items()}
     patients: dict[str, list[float]] = {}
-    for (patient, _), values in cases.items():
-        patients.setdefault(patient, []).append(float(np.mean(values)))
+    for case, mean in case_means(differences, "dice").items():
+        patients.setdefault(patient_of[case], []).append(mean)
     if not patients:
         raise ValueError("the trainings have no case with a class that counts in both.")
     d = np.array([np.mean(values) for values in patients.values()])
