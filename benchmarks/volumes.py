@@ -1,5 +1,6 @@
 """How fast whole volumes are read, prepared, segmented and measured.
 
+    pip install -e '.[test]'    # it has MedPy
     python benchmarks/volumes.py --acdc=DIR [--checkpoint=runs/acdc]
 
 DIR is ACDC's archive, or phantoms in its layout. Printed: plain reading with nibabel in one process; `data_prep.acdc`
