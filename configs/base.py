@@ -69,7 +69,7 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.contrast = ConfigDict()
     config.contrast.weight = 0.0  # final weight of the term; 0 = off
     config.contrast.ramp_steps = 500  # sigmoid ramp-up
-    config.contrast.sampler = "anatomical"  # anatomical | region
+    config.contrast.sampler = "anatomical"  # anatomical | region | both (the mean of the two losses)
     config.contrast.level = 1  # U-Net level contrasted: 0 full resolution ... last: encoder output
     config.contrast.temperature = 0.1  # of InfoNCE; lower: more weight on the hardest negatives
     config.contrast.num_queries = 32  # student's pixels for each image and class (or cell)

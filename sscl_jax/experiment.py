@@ -78,9 +78,9 @@ def check_config(config: ConfigDict) -> None:
     require(0 <= config.contrast.level < levels, "contrast.level", f"choose 0 to {levels - 1}")
     require(config.contrast.temperature > 0, "contrast.temperature", "must be positive")
     require(
-        config.contrast.sampler in ("anatomical", "region"),
+        config.contrast.sampler in ("anatomical", "region", "both"),
         "contrast.sampler",
-        "choose 'anatomical' or 'region'",
+        "choose 'anatomical', 'region' or 'both'",
     )
     require(
         config.contrast.positives in ("pixels", "means"),

@@ -31,7 +31,7 @@ class Contrast:
     """How pixels are contrasted.
 
     Attributes:
-      sampler: `anatomical` or `region`.
+      sampler: `anatomical`, `region` or `both`: the mean of the two losses.
       level: level of the U-Net whose features are contrasted (0 = full resolution).
       temperature: of InfoNCE.
       num_queries: pixels drawn from the student, for each image and each class or cell.
@@ -258,23 +258,25 @@ def make_train_step(
         # Every device holds the whole Dice; the shares must add up to it once.
         return 0.5 * ce / pixels + 0.5 * dice / global_sum(1), least
 
-    def draw(keys, pixels, count):
+    samplers = ("anatomical", "region") if contrast_options.sampler == "both" else (contrast_options.sampler,)
+
+    def draw(sampler, keys, pixels, count):
         options = contrast_options
-        if options.sampler == "anatomical":
+        if sampler == "anatomical":
             return contrast.anatomical_draw(
                 keys, pixels, num_classes=num_classes, count=count, threshold=options.threshold
             )
         return contrast.region_draw(keys, pixels, num_cells=options.cells**2, count=count)
 
-    def contrast_loss(student, teacher, query_features, key_features, query_pixels, key_pixels, keys):
-        """This device's share of InfoNCE, its queries against the keys of all devices."""
+    def contrast_loss(sampler, student, teacher, query_features, key_features, query_pixels, key_pixels, keys):
+        """This device's share of the mean InfoNCE of one sampler, its queries against the keys of all devices."""
         options = contrast_options
         query_keys, key_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-        queries = draw(query_keys, query_pixels, options.num_queries)
-        drawn = draw(key_keys, key_pixels, options.num_keys)
+        queries = draw(sampler, query_keys, query_pixels, options.num_queries)
+        drawn = draw(sampler, key_keys, key_pixels, options.num_keys)
         projected = jax.lax.stop_gradient(project(teacher, key_features, drawn))
         projected, drawn = jax.lax.all_gather((projected, drawn), axis_name, tiled=True)
-        if options.sampler == "region":
+        if sampler == "region":
             positive, negative = contrast.region_pairs(queries, drawn)
         elif options.positives == "means":
             projected, drawn = contrast.with_class_means(projected, drawn, num_classes)
@@ -288,8 +290,7 @@ def make_train_step(
             negative,
             options.temperature,
         )
-        total, count = jnp.sum(loss), global_sum(jnp.sum(valid))
-        return total / jnp.maximum(count, 1), (global_sum(total), count)
+        return jnp.sum(loss) / jnp.maximum(global_sum(jnp.sum(valid)), 1)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # 1. Views, through one warp each.
@@ -367,7 +368,7 @@ def make_train_step(
                     )
                     query_features = features
                     keys = jnp.concatenate([example_keys(3, state, num_labeled), keys])
-                term, metrics["con"] = contrast_loss(
+                sides = (
                     student,
                     state.teacher,
                     query_features,
@@ -376,7 +377,9 @@ def make_train_step(
                     describe_pixels(key_views["probs"], key_views, contrast_options),
                     keys,
                 )
+                term = sum(contrast_loss(sampler, *sides) for sampler in samplers) / len(samplers)
                 loss += contrast_weight(state.step) * term
+                metrics["con"] = (global_sum(term), jnp.ones(()))
             metrics["loss"] = (global_sum(loss), jnp.ones(()))
             return loss, (metrics, updated.get("batch_stats", {}))
 

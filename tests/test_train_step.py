@@ -387,6 +387,15 @@ def test_labelled_images_take_part_in_the_contrast_if_asked_to(labeled, cheap, m
     assert (terms[0]["con"] != terms[1]["con"]) == labeled
 
 
+def test_both_samplers_together_are_the_mean_of_the_two(cheap):
+    fields = {"contrast.threshold": 0.0, "contrast.labeled": False}
+    alone = [run(small(method, **fields), steps=1)[1] for method in ("anatomical", "region")]
+    _, together = run(small("anatomical", **fields, **{"contrast.sampler": "both"}), steps=1)
+    assert alone[0]["con"] != pytest.approx(alone[1]["con"], rel=0.01)
+    for name in ("con", "loss"):
+        assert together[name] == pytest.approx((alone[0][name] + alone[1][name]) / 2, rel=1e-5)
+
+
 def test_an_absent_class_has_no_part_in_the_dice(cheap):
     def change(state):
         def sure_of(params, c):

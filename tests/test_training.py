@@ -457,7 +457,7 @@ def test_nan_in_a_scan_stops_and_names_it(tiny_config, no_tables, tmp_path, monk
         ({"data.unlabeled_batch": 3}, r"data\.unlabeled_batch=3: CutMix pairs images"),
         ({"steps": 0}, "steps=0: must be at least 1"),
         ({"contrast.level": 3}, r"contrast\.level=3: choose 0 to 2"),
-        ({"contrast.sampler": "both"}, "choose 'anatomical' or 'region'"),
+        ({"contrast.sampler": "all"}, "choose 'anatomical', 'region' or 'both'"),
         ({"contrast.temperature": 0.0}, "must be positive"),
         ({"teacher.scope": "decoder"}, "choose 'network' or 'encoder'"),
         ({"teacher.decay": 1.0}, r"teacher\.decay=1\.0"),
