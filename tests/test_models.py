@@ -216,6 +216,8 @@ def test_bfloat16_is_close_to_float32_and_keeps_float32_where_it_matters(shape):
     assert half_logits.dtype == jnp.float32 and half_features.dtype == jnp.bfloat16
     assert half.apply(variables, half_features, method="project").dtype == jnp.float32
     assert np.any(half_logits != half_logits.astype(jnp.bfloat16)), "the logits were rounded on their way"
+    raised = jax.tree.map(lambda p: p + 1e-3 * (p.shape == (3,)), variables)  # the bias of the logits
+    np.testing.assert_allclose(half.apply(raised, x)[0] - half_logits, 1e-3, rtol=1e-3)
     # bfloat16 has 8 bits: about 0.4 % an operation. Equal would mean that it was not used.
     difference = np.abs(np.asarray(half_logits - logits))
     assert 0 < difference.max() < 0.1 * np.abs(logits).max()
