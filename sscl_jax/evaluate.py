@@ -37,8 +37,9 @@ def window_starts(size: int, patch: int, overlap: float) -> list[int]:
     """Starts of evenly spaced windows that cover [0, size) with at least `overlap` (a share of the patch)."""
     if size <= patch:
         return [0]
-    count = int(np.ceil((size - patch) / (patch * (1 - overlap)))) + 1
-    return sorted({int(start) for start in np.round(np.linspace(0, size - patch, count))})
+    stride = max(patch * (1 - overlap), 1)
+    count = int(np.ceil((size - patch) / stride)) + 1
+    return [int(start) for start in np.round(np.linspace(0, size - patch, count))]
 
 
 def gaussian_window(patch: Sequence[int]) -> np.ndarray:
