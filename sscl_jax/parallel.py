@@ -236,8 +236,13 @@ def replicate(tree: Any) -> Any:
 
     Any other layout would make the second call compile the step a second time.
     """
+    return jax.device_put(to_host(tree), on_every_device())  # a copy, since the step takes its state's memory over
+
+
+def on_every_device() -> jax.sharding.Sharding:
+    """The layout of an array that each device of this process holds whole."""
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
-    return jax.device_put(to_host(tree), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def to_host(tree: Any) -> Any:

@@ -264,7 +264,8 @@ class Batches:
         self.resident = None
         if sum(pool.size_in_bytes() for pool in self.pools.values()) <= config.data.device_memory * 2**30:
             self.resident = {
-                part: parallel.replicate(pool.batch(np.arange(len(pool.samples)))) for part, pool in self.pools.items()
+                part: jax.device_put(pool.batch(np.arange(len(pool.samples))), parallel.on_every_device())
+                for part, pool in self.pools.items()
             }
 
     def indices(self, step: int) -> dict[str, np.ndarray]:
