@@ -27,12 +27,19 @@ def on_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
+def positive(text: str) -> int:
+    """A number of things, at least 1: the type of an option."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="model.dtype of jax")
     parser.add_argument(
-        "--burst", type=int, help="calls a turn, with one wait at their end (default 10 on a GPU, or 1)"
+        "--burst", type=positive, help="calls a turn, with one wait at their end (default 10 on a GPU, or 1)"
     )
-    parser.add_argument("--repeats", type=int, default=10, help="turns")
+    parser.add_argument("--repeats", type=positive, default=10, help="turns")
 
 
 def labeled_and_unlabeled(text: str) -> tuple[int, int]:
@@ -47,6 +54,8 @@ def set_sizes(config: ConfigDict, images: tuple[int, int], size: int) -> None:
     Raises:
       ValueError: no training can have these sizes.
     """
+    if len(config.data.patch_size) != 2:
+        raise ValueError("made images are 2-D; this config needs --data")
     config.data.path = "made"
     config.data.labeled_batch, config.data.unlabeled_batch = images
     config.data.patch_size = (size, size)
@@ -170,25 +179,32 @@ def _bytes(text: str) -> int:
     return total(entry)
 
 
-def least_seconds(parts: dict[str, Callable[[], Any]], repeats: int, burst: int | None) -> dict[str, float]:
+def least_seconds(
+    parts: dict[str, Callable[[], Any]],
+    repeats: int,
+    burst: int | None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Seconds of one call of each part, the least of some turns; the first turn does not count."""
     burst = burst or (10 if on_gpu() else 1)
     times: dict[str, list[float]] = {name: [] for name in parts}
     for repeat in range(repeats + 1):
         for name, part in parts.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(burst if repeat else 1):
                 result = part()
             jax.block_until_ready(result)  # a device works in the order of the calls
-            seconds = (time.perf_counter() - start) / (burst if repeat else 1)
+            seconds = (clock() - start) / (burst if repeat else 1)
             print(f"turn {repeat}, {name}: {1e3 * seconds:.2f} ms", file=sys.stderr, flush=True)
             if repeat:
                 times[name].append(seconds)
     return {name: min(values) for name, values in times.items()}
 
 
-def machine_rates(repeats: int, burst: int | None) -> tuple[dict[str, float], float]:
-    """FLOP/s of a large matmul by type, and bytes/s of a large copy, read and written, on this machine.
+def machine_rates(
+    repeats: int, burst: int | None, clock: Callable[[], float] = time.perf_counter
+) -> tuple[dict[str, float], float]:
+    """FLOP/s of a large matmul by type, and bytes/s of a large copy, read and written, on this machine, by `clock`.
 
     In float32 as jax multiplies by default: in TF32 where a GPU has that.
     """
@@ -197,13 +213,21 @@ def machine_rates(repeats: int, burst: int | None) -> tuple[dict[str, float], fl
     multiply, add = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
     matrices = {dtype: matrix.astype(dtype) for dtype in ("float32", "bfloat16")}
     parts: dict[str, Callable] = {d: functools.partial(multiply, m, m) for d, m in matrices.items()}
-    seconds = least_seconds(parts | {"copy": lambda: add(line)}, repeats, burst)
+    seconds = least_seconds(parts | {"copy": lambda: add(line)}, repeats, burst, clock)
     return {dtype: 2 * n**3 / seconds[dtype] for dtype in matrices}, 2 * 4 * count / seconds["copy"]
 
 
 def describe_rates(rates: dict[str, float], copy: float) -> str:
     matmul = " and ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in rates.items())
     return f"a matmul does {matmul}, a copy moves {copy / 1e9:.4g} GB/s"
+
+
+def describe_compilation() -> str:
+    """A warning, where compiled programs are kept: a time of compilation may be that of reading one."""
+    folder = jax.config.jax_compilation_cache_dir
+    return f"compiled programs are kept in {folder}: a first call or compilation may have found its own there\n" * bool(
+        folder
+    )
 
 
 def device_memory() -> float:

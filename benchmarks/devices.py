@@ -124,7 +124,10 @@ def main() -> None:
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     folder = args.output.resolve()
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        parser.error(f"--output: {error}")
     trainings = Trainings(folder)
     write_scans(folder / "scans", val=CASES["val"] // 2)
     prepare = ["data_prep.acdc", f"--input={folder / 'scans'}", f"--output={folder / 'prepared'}", "--spacing=6"]

@@ -130,7 +130,10 @@ def main() -> None:
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     folder = args.output.resolve()
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        parser.error(f"--output: {error}")
     killer, rng = Killer(folder), np.random.default_rng(args.seed)
 
     write_scans(folder / "scans")

@@ -25,7 +25,10 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=20.0, help="size of the images, GiB")
     parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args()
-    open_prepared(args.data)  # makes the cache, if it is not there
+    try:
+        open_prepared(args.data)  # makes the cache, if it is not there
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     with tempfile.TemporaryDirectory() as folder:
         large = Path(folder) / "large"
         shutil.copytree(args.data, large)
@@ -34,8 +37,10 @@ def main() -> None:
         print(f"{cases} cases, {size / 2**30:.1f} GiB of images", flush=True)
         command = [sys.executable, "-m", "sscl_jax.main", f"--config=configs/{args.config}.py"]
         command += [f"--workdir={folder}/run", f"--config.data.path={large}", f"--config.steps={args.steps}"]
+        command += [f"--config.eval.every={args.steps}", "--config.data.device_memory=0"]
         start = time.monotonic()
-        subprocess.run([*command, f"--config.eval.every={args.steps}"], check=True)
+        if status := subprocess.run(command).returncode:  # it has said why
+            sys.exit(status)
         facts = json.loads((Path(folder) / "run" / "run.json").read_text())
         print(f"peak memory {facts['peak_memory_gib']:.2f} GiB, {time.monotonic() - start:.0f} s")
 

@@ -10,6 +10,7 @@ itself (RssAnon) and its resident set (VmRSS), which counts pages of memory-mapp
 
 import argparse
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,11 +20,12 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+from common import positive
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=300)
+    parser.add_argument("--cases", type=positive, default=300)
     parser.add_argument("--shape", type=int, nargs=3, default=(96, 96, 12))
     parser.add_argument("--kill", action="store_true")
     parser.add_argument("--folder", type=Path)
@@ -60,10 +62,12 @@ def draw(folder: Path, cases: int, shape: tuple[int, int, int]) -> None:
 
 
 def run(folder: Path, output: str, options: list[str], until: Callable[[], bool] | None = None) -> None:
-    """Prepares to `folder / output`, killed as soon as `until` says so, and prints what it took."""
+    """Prepares to `folder / output`, killed as soon as `until` says so, and prints what it took; ends if it fails."""
     words = ["-m", "data_prep.folder", f"--input={folder / 'scans'}", f"--output={folder / output}", *options]
     begin, before = time.monotonic(), processor()
-    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    log = folder / f"{output}.log"
+    with open(log, "w", encoding="utf-8") as errors:
+        process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=errors, text=True)
     peaks: dict[str, list[float]] = {}
     while process.poll() is None:
         for pid in (process.pid, *children(process.pid)):
@@ -74,6 +78,8 @@ def run(folder: Path, output: str, options: list[str], until: Callable[[], bool]
         time.sleep(0.05)
     seconds = f"{time.monotonic() - begin:.1f} s, {processor() - before:.1f} s of processors"
     text = process.stdout.read() if process.stdout else ""
+    if process.returncode != (-signal.SIGKILL if until else 0):
+        sys.exit(f"{output}: status {process.returncode}; {log.read_text(encoding='utf-8').strip()}")
     taken = [line.split(": ", 1)[1] for line in text.splitlines() if "were prepared before" in line]
     used = ", ".join(f"{who} {own:.0f} MiB (resident {resident:.0f})" for who, (own, resident) in peaks.items())
     print(f"{output}, status {process.returncode}: {seconds}; {used}", *taken, sep="; ", flush=True)

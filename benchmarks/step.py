@@ -14,6 +14,7 @@ contrast alone, at several sizes and numbers of images.
 
 import argparse
 import collections
+import functools
 import gzip
 import importlib
 import itertools
@@ -29,6 +30,7 @@ from common import (
     CLASSES,
     Program,
     add_options,
+    describe_compilation,
     describe_rates,
     device_memory,
     labeled_and_unlabeled,
@@ -39,10 +41,11 @@ from common import (
     on_gpu,
     set_sizes,
 )
+from ml_collections import ConfigDict
 
 from configs import base
 from sscl_jax import contrast, experiment, parallel, train, train_step
-from sscl_jax.data.prepared import open_prepared
+from sscl_jax.data.prepared import PreparedDataset, open_prepared
 from sscl_jax.data.sampling import assign_roles
 
 SIZES, IMAGES = (128, 256, 512), (1, 4, 24)
@@ -65,20 +68,21 @@ def main() -> None:
         scaling(args.dtype, args.repeats, args.burst)
         return
 
-    config = importlib.import_module(f"configs.{args.config}").get_config(args.method).copy_and_resolve_references()
-    config.model.dtype = args.dtype
-    batches, classes, channels = None, CLASSES, 1
-    if args.data:
-        config.data.path = args.data
-        dataset = open_prepared(Path(args.data))
-        batches = train.Batches(config, dataset, assign_roles(dataset, config.data.labeled_patients))
-        classes, channels = dataset.num_classes, dataset.channels
-    else:
-        try:
+    inputs, classes, channels = {}, CLASSES, 1
+    try:
+        config = importlib.import_module(f"configs.{args.config}").get_config(args.method).copy_and_resolve_references()
+        config.model.dtype = args.dtype
+        if args.data:
+            config.data.path = args.data
+            dataset = open_prepared(Path(args.data))
+            inputs = make_inputs(config, dataset)
+            classes, channels = dataset.num_classes, dataset.channels
+        else:
             set_sizes(config, args.images, args.size)
-        except ValueError as error:
-            parser.error(str(error))
-    batch = on_devices(batches.load(0) if batches else parallel.shard(make_batch(config)))
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(str(error))
+    made = parallel.shard(make_batch(config)) if not inputs else next(iter(inputs.values())).load(0)
+    batch = on_devices(made)
     model = experiment.make_model(config, classes)
     state = experiment.make_state(config, classes, channels)
     patch = tuple(config.data.patch_size)
@@ -121,7 +125,7 @@ def main() -> None:
     }
     if config.contrast.weight > 0:
         compiled["whole step without contrast"] = Program(without_contrast(), fresh(), batch)
-    parts: dict[str, Any] = {"input (read, on the host)": lambda: batches.load(0)} if batches else {}
+    parts: dict[str, Any] = {name: functools.partial(batches.load, 0) for name, batches in inputs.items()}
     least = least_seconds(parts | compiled, args.repeats, args.burst)
     memory = device_memory()  # of the device that of all parts together, on CPU of all that the process did
     rates, copy = machine_rates(args.repeats, args.burst)
@@ -130,6 +134,7 @@ def main() -> None:
     device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
     print(f"{args.config}:{args.method} in {args.dtype}, {images} images of {patch}, {device}")
     print(describe_rates(rates, copy))
+    print(describe_compilation(), end="")
     names = f"{'time':>11}{'of step':>9}{'compile':>9}{'GFLOP':>9}{'of rate':>9}{'GB':>7}{'of rate':>9}{'temp':>10}"
     print(f"{'':30}{names}")
     for name, seconds in least.items():
@@ -142,12 +147,22 @@ def main() -> None:
     if config.contrast.weight > 0:
         share = 1 - least["whole step without contrast"] / least["whole step"]
         print(f"{'contrast, by difference':30}{'':11}{100 * share:7.1f} %")
-    if batches:
+    for name, batches in inputs.items():
         longer = real_input(compiled["whole step"], batches, batch, args.repeats)
-        print(f"real input against a fixed batch: {100 * longer:+.1f} %")
+        print(f"steps with {name}, against a fixed batch: {100 * longer:+.1f} %")
     print(f"peak memory of the {'device' if on_gpu() else 'process'} {memory:.2f} GiB", flush=True)
     if args.trace:
         trace(compiled["whole step"], args.trace)
+
+
+def make_inputs(config: ConfigDict, dataset: PreparedDataset) -> dict[str, train.Batches]:
+    """The ways in which a training can get its batches: from disk, and from the device's memory if they fit there."""
+    roles = assign_roles(dataset, config.data.labeled_patients, config.data.labeled_seed)
+    from_disk = config.copy_and_resolve_references()
+    from_disk.data.device_memory = 0.0
+    inputs = {"input from disk": train.Batches(from_disk, dataset, roles)}
+    batches = train.Batches(config, dataset, roles)
+    return inputs | ({"input from device memory": batches} if batches.resident else {})
 
 
 def real_input(step: Program, batches: train.Batches, fixed: dict, repeats: int) -> float:

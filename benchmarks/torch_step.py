@@ -34,6 +34,7 @@ from common import (
     CLASSES,
     Program,
     add_options,
+    describe_compilation,
     describe_rates,
     device_memory,
     labeled_and_unlabeled,
@@ -116,6 +117,8 @@ def main() -> None:
         convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
         print(f"float32: torch does convolutions in {exact[convolutions]}, matmuls in {exact[products]}, ", end="")
         print(f"as it comes; jax does both in {jax.config.jax_default_matmul_precision or 'TF32, as it comes'}")
+        print("memory: of jax the most since its start, of torch the most of its last turn, with other sides' weights")
+    print(describe_compilation(), end="")
     print(f"{'':16}{'median':>11}{'least':>11}{'most':>11}{'first call':>12}{'memory':>10}   time to that of jax")
     for side, (first, _, *seconds) in times.items():
         numbers = (statistics.median(seconds), min(seconds), max(seconds))
@@ -127,7 +130,7 @@ def main() -> None:
             print(f"   {middle:.2f} (quartiles {low:.2f} to {high:.2f})", end="")
         print(flush=True)
     if "jax" in times:
-        rates, copied = machine_rates(args.repeats, args.burst)
+        rates, copied = machine_rates(args.repeats, args.burst, clock)
         program, median = runs["jax"].program, statistics.median(times["jax"][2:])
         arithmetic, traffic = program.flops / rates[args.dtype], program.bytes / copied
         least = max(arithmetic, traffic)

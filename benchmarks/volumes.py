@@ -19,6 +19,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+from common import positive
 from medpy.metric import binary as medpy
 
 from sscl_jax import evaluate, experiment, metrics, predict
@@ -29,9 +30,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--acdc", required=True, type=Path, help="folder with training/")
     parser.add_argument("--checkpoint", type=Path, help="--workdir of a training: measure prediction too")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=positive, default=3)
     args = parser.parse_args()
     labels = sorted(args.acdc.rglob("*_gt.nii.gz"))
+    if not labels:
+        parser.error(f"--acdc={args.acdc}: there is no *_gt.nii.gz in it")
     images = [path.with_name(path.name.replace("_gt", "")) for path in labels]
     reading(images, labels, args.acdc, args.repeats)
     if args.checkpoint:
@@ -60,7 +63,9 @@ def reading(images: list[Path], labels: list[Path], acdc: Path, repeats: int) ->
     def prepare():
         with tempfile.TemporaryDirectory() as folder:
             command = ["-m", "data_prep.acdc", f"--input={acdc}", f"--output={folder}/prepared", "--spacing=2"]
-            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
             prepared.append(len(open_prepared(Path(folder) / "prepared").cases))  # the split may leave some out
 
     one, other = least(repeats, plain, prepare)
