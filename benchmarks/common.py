@@ -1,4 +1,4 @@
-"""What step.py and torch_step.py share: made images, compiled programs with their counts, and rates of the machine."""
+"""What the benchmarks share: made images, compiled programs with their counts, and rates of the machine."""
 
 import argparse
 import functools
@@ -225,9 +225,7 @@ def describe_rates(rates: dict[str, float], copy: float) -> str:
 def describe_compilation() -> str:
     """A warning, where compiled programs are kept: a time of compilation may be that of reading one."""
     folder = jax.config.jax_compilation_cache_dir
-    return f"compiled programs are kept in {folder}: a first call or compilation may have found its own there\n" * bool(
-        folder
-    )
+    return f"compiled programs are kept in {folder}: times of compilation may be of reading them\n" if folder else ""
 
 
 def device_memory() -> float:

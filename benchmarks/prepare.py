@@ -78,6 +78,8 @@ def run(folder: Path, output: str, options: list[str], until: Callable[[], bool]
         time.sleep(0.05)
     seconds = f"{time.monotonic() - begin:.1f} s, {processor() - before:.1f} s of processors"
     text = process.stdout.read() if process.stdout else ""
+    if until and process.returncode == 0:
+        sys.exit(f"{output}: done before it was killed; choose more --cases")
     if process.returncode != (-signal.SIGKILL if until else 0):
         sys.exit(f"{output}: status {process.returncode}; {log.read_text(encoding='utf-8').strip()}")
     taken = [line.split(": ", 1)[1] for line in text.splitlines() if "were prepared before" in line]

@@ -45,8 +45,8 @@ from ml_collections import ConfigDict
 
 from configs import base
 from sscl_jax import contrast, experiment, parallel, train, train_step
-from sscl_jax.data.prepared import PreparedDataset, open_prepared
-from sscl_jax.data.sampling import assign_roles
+from sscl_jax.data.prepared import PreparedDataset
+from sscl_jax.data.sampling import Roles
 
 SIZES, IMAGES = (128, 256, 512), (1, 4, 24)
 NETWORK_PIXELS = 4 * 256**2  # more than these in a batch, and on CPU the network takes too long to be timed here
@@ -74,15 +74,14 @@ def main() -> None:
         config.model.dtype = args.dtype
         if args.data:
             config.data.path = args.data
-            dataset = open_prepared(Path(args.data))
-            inputs = make_inputs(config, dataset)
+            config, dataset, roles = train.open_data(config)
+            inputs = make_inputs(config, dataset, roles)
             classes, channels = dataset.num_classes, dataset.channels
         else:
             set_sizes(config, args.images, args.size)
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
-    made = parallel.shard(make_batch(config)) if not inputs else next(iter(inputs.values())).load(0)
-    batch = on_devices(made)
+    batch = on_devices(inputs["input from files"].load(0) if inputs else parallel.shard(make_batch(config)))
     model = experiment.make_model(config, classes)
     state = experiment.make_state(config, classes, channels)
     patch = tuple(config.data.patch_size)
@@ -155,12 +154,14 @@ def main() -> None:
         trace(compiled["whole step"], args.trace)
 
 
-def make_inputs(config: ConfigDict, dataset: PreparedDataset) -> dict[str, train.Batches]:
-    """The ways in which a training can get its batches: from disk, and from the device's memory if they fit there."""
-    roles = assign_roles(dataset, config.data.labeled_patients, config.data.labeled_seed)
+def make_inputs(config: ConfigDict, dataset: PreparedDataset, roles: Roles) -> dict[str, train.Batches]:
+    """The ways in which a training can get its batches: from files, and from the device's memory if they fit there.
+
+    Files that were just written or read are in the memory of the system.
+    """
     from_disk = config.copy_and_resolve_references()
     from_disk.data.device_memory = 0.0
-    inputs = {"input from disk": train.Batches(from_disk, dataset, roles)}
+    inputs = {"input from files": train.Batches(from_disk, dataset, roles)}
     batches = train.Batches(config, dataset, roles)
     return inputs | ({"input from device memory": batches} if batches.resident else {})
 

@@ -10,25 +10,21 @@ The paper (Xiang et al., arXiv 2105.12924) is known to us by its abstract; every
 
 from ml_collections import ConfigDict
 
-# What each method switches on; fields as in `get_config`. There are more cells than classes: fewer pixels of each.
+REGION = {
+    "contrast.weight": 0.1,
+    "contrast.sampler": "region",
+    "contrast.num_queries": 8,
+    "contrast.num_keys": 8,
+}
+
+# What each method switches on; fields as in `get_config`. 8 pixels of each of 16 cells are as many as 32 of 4 classes.
 METHODS: dict[str, dict] = {
     "supervised": {},
     "mean_teacher": {"consistency.weight": 1.0},
-    "region": {
-        "contrast.weight": 0.1,
-        "contrast.sampler": "region",
-        "contrast.num_queries": 8,
-        "contrast.num_keys": 8,
-    },
+    "region": REGION,
     "anatomical": {"contrast.weight": 0.1, "contrast.sampler": "anatomical"},
     "pseudo_label": {"pseudo_label.weight": 1.0},
-    "region_pl": {
-        "contrast.weight": 0.1,
-        "contrast.sampler": "region",
-        "contrast.num_queries": 8,
-        "contrast.num_keys": 8,
-        "pseudo_label.weight": 1.0,
-    },
+    "region_pl": REGION | {"pseudo_label.weight": 1.0},
     "anatomical_pl": {
         "contrast.weight": 0.1,
         "contrast.sampler": "anatomical",

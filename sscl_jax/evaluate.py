@@ -34,7 +34,7 @@ _one_large = threading.Lock()
 
 
 def window_starts(size: int, patch: int, overlap: float) -> list[int]:
-    """Starts of evenly spaced windows that cover [0, size) with at least `overlap` (a share of the patch)."""
+    """Starts of evenly spaced windows that cover [0, size), with `overlap` (a share of the patch) where it can."""
     if size <= patch:
         return [0]
     stride = max(patch * (1 - overlap), 1)
@@ -59,7 +59,7 @@ def make_predictor(model: UNet, patch: tuple[int, ...], overlap: float = 0.5, ba
     Args:
       model: the network.
       patch: window, (H, W) for slices or (D, H, W).
-      overlap: least overlap of neighbouring windows, in [0, 1).
+      overlap: least overlap of neighbouring windows, in [0, 1); at most a window starts at each place.
       batch: windows in one call.
 
     Returns:
@@ -80,7 +80,7 @@ def make_predictor(model: UNet, patch: tuple[int, ...], overlap: float = 0.5, ba
         after = [max(0, p - n) - b for p, n, b in zip(window, shape, before, strict=True)]
         pads = [*zip(before, after, strict=True), (0, 0)]
         image = np.pad(image, pads, constant_values=image.min())
-        starts = [window_starts(n, p, overlap if p > 1 else 0.0) for n, p in zip(image.shape[:3], window, strict=True)]
+        starts = [window_starts(n, p, overlap) for n, p in zip(image.shape[:3], window, strict=True)]
         total = np.zeros((*image.shape[:3], model.num_classes), np.float32)
         norm = np.zeros((*image.shape[:3], 1), np.float32)
         places = [

@@ -4,9 +4,9 @@
 
 `model.stablehlo` runs wherever JAX does, whatever the device: `jax.export.deserialize(bytes).call(windows)`.
 `model.onnx` (`pip install '.[onnx]'`) runs under ONNX Runtime and the like. Either maps windows (n, *patch, channels)
-float32 to probabilities (n, *patch, classes), for any n. `model.json` beside it tells what belongs around it:
-preprocessing, window and overlap, label values. Export a 3-D network on the kind of device that it will run on: the
-result is the same elsewhere, but slower.
+float32 to probabilities (n, *patch, classes), for any n; ONNX computes in float32, whatever `model.dtype`. `model.json`
+beside it tells what belongs around it: preprocessing, window and overlap, label values. Export a 3-D network on the
+kind of device that it will run on: the result is the same elsewhere, but slower.
 """
 
 import json
@@ -44,9 +44,11 @@ def export_network(network: experiment.Network, output: Path, form: str = "stabl
       OSError: nothing can be written there.
     """
     patch, channels = tuple(network.config.data.patch_size), network.meta["channels"]
+    # ONNX Runtime has no convolution in bfloat16 on a CPU.
+    model = network.model.clone(dtype="float32") if form == "onnx" else network.model
 
     def probabilities(windows: jax.Array) -> jax.Array:
-        return jax.nn.softmax(network.model.apply(network.variables, windows)[0])
+        return jax.nn.softmax(model.apply(network.variables, windows)[0])
 
     facts = {
         "input": {"name": "windows", "shape": ["n", *patch, channels], "dtype": "float32"},

@@ -18,9 +18,14 @@ from sscl_jax.data.recipe import Recipe
 PATCHES = {"2-D": (16, 32), "3-D": (8, 16, 16)}
 
 
-def network(patch):
+def network(patch, dtype="float32"):
     config = base.get_config("supervised")
-    fields = {"data.patch_size": patch, "model.widths": (8, 16, 16), "augment.flip": (False,) * len(patch)}
+    fields = {
+        "model.dtype": dtype,
+        "data.patch_size": patch,
+        "model.widths": (8, 16, 16),
+        "augment.flip": (False,) * len(patch),
+    }
     config.update_from_flattened_dict(fields)
     recipe = Recipe(label_values=(0, 1, 4), class_names=("background", "a", "b"))
     state = experiment.make_state(config, 3, 2)
@@ -58,6 +63,23 @@ def test_stablehlo_gives_the_same_mask(patch, tmp_path):
     exported = jax.export.deserialize(bytearray(path.read_bytes()))
     assert set(exported.platforms) == set(export.PLATFORMS)
     assert_same(trained, patch, exported.call)
+
+
+@pytest.mark.parametrize("form", export.FORMATS)
+def test_a_network_in_bfloat16(form, tmp_path):
+    """StableHLO computes as it was trained, ONNX in float32."""
+    half, full, patch = network((16, 32), "bfloat16"), network((16, 32)), (16, 32)
+    windows = np.random.default_rng(0).standard_normal((3, *patch, 2), np.float32)
+    if form == "onnx":
+        pytest.importorskip("jax2onnx", reason="the extra 'onnx' is not installed")
+        onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
+        session = onnxruntime.InferenceSession(export.export_network(half, tmp_path, form).read_bytes())
+        (found,) = session.run(None, {"windows": windows})
+        wanted, atol = full, 1e-5
+    else:
+        data = export.export_network(half, tmp_path, form).read_bytes()
+        found, wanted, atol = jax.export.deserialize(bytearray(data)).call(windows), half, 2e-2
+    np.testing.assert_allclose(found, jax.nn.softmax(wanted.model.apply(wanted.variables, windows)[0]), atol=atol)
 
 
 def test_what_belongs_around_the_model_is_told(tmp_path):

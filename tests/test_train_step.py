@@ -297,6 +297,12 @@ def test_every_method_is_expected():
     assert set(EXPECTED) == set(base.METHODS)
 
 
+def test_region_draws_as_many_pixels_of_an_image_as_anatomical_of_four_classes():
+    anatomical, region = base.get_config("anatomical").contrast, base.get_config("region").contrast
+    for name in ("num_queries", "num_keys"):
+        assert region[name] * region.cells**2 == anatomical[name] * 4
+
+
 @pytest.mark.parametrize("method", EXPECTED)
 def test_a_method_moves_student_and_teacher_and_reports_its_terms(method, cheap):
     terms, fields = EXPECTED[method]
@@ -462,7 +468,7 @@ SEVERAL = {
     ),  # fmt: skip
     "region_pl": (
         "region_pl",
-        {"model.norm": "batch", "pseudo_label.threshold": 0.3},
+        {"model.norm": "batch", "pseudo_label.threshold": 0.3, "contrast.sampler": "both"},
         4,
     ),
 }

@@ -157,20 +157,6 @@ def dot_by_image(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Arr
     return products.reshape(*x.shape[:-1], -1)
 
 
-def dot_in(dtype: Any) -> Callable[..., jax.Array]:
-    """A product for `nn.Dense` of factors in `dtype`, summed and returned in float32.
-
-    For logits: losses and the teacher's confidence hang on small differences of them, and of their bias.
-    """
-
-    def dot(x, kernel, dimensions, **_):
-        return jax.lax.dot_general(
-            x.astype(dtype), kernel.astype(dtype), dimensions, preferred_element_type=jnp.float32
-        )
-
-    return dot
-
-
 class Encoder(nn.Module):
     """Features of every level, finest first: level l has 1 / 2**l of the resolution and `widths[l]` channels."""
 
@@ -218,8 +204,8 @@ class Decoder(nn.Module):
             block = conv_block(self.remat)(width, self.norm, self.axis_name, name=f"ConvBlock_{i}")
             x = block(jnp.concatenate([skip, up], -1), train)
             features.insert(0, x)
-        head = nn.Dense(self.num_classes, bias_init=background_bias, dtype=jnp.float32, dot_general=dot_in(x.dtype))
-        return head(x), features
+        # In float32: losses and the teacher's confidence hang on small differences of logits.
+        return nn.Dense(self.num_classes, bias_init=background_bias, dtype=jnp.float32)(x), features
 
 
 class Projector(nn.Module):
