@@ -560,8 +560,8 @@ def compare(name: str, found: Iterable[Tensor], params: dict[str, Any], corners:
     """Relative difference of all parameters together; they follow the gradient's sign at first, hence no less."""
     reference = TorchUNet(base.get_config().model.widths, base.get_config().contrast.level, 64)
     load_parameters(reference, params, corners)
-    wanted = torch.cat([p.flatten() for p in reference.parameters()])
-    error = float((torch.cat([p.flatten() for p in found]).cpu() - wanted).norm() / wanted.norm())
+    flat, wanted = (torch.cat([p.detach().cpu().flatten() for p in side]) for side in (found, reference.parameters()))
+    error = float((flat - wanted).norm() / wanted.norm())
     print(f"  {name:10} relative difference {error:.1e}")
     assert error < 1e-3
 
