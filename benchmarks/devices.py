@@ -31,7 +31,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from kill import ROOT, write_scans
+from kill import ROOT, new_folder, write_scans
 
 from configs import phantom as phantom_config
 from sscl_jax import experiment
@@ -123,11 +123,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder for all that is written; must be new")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    folder = args.output.resolve()
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        parser.error(f"--output: {error}")
+    folder = new_folder(parser, args.output)
     trainings = Trainings(folder)
     write_scans(folder / "scans", val=CASES["val"] // 2)
     prepare = ["data_prep.acdc", f"--input={folder / 'scans'}", f"--output={folder / 'prepared'}", "--spacing=6"]

@@ -122,6 +122,16 @@ class Killer:
         self._unanswered.clear()
 
 
+def new_folder(parser: argparse.ArgumentParser, path: Path) -> Path:
+    """Makes the folder of `--output`, which must not be there yet; ends with one line if it cannot."""
+    folder = path.resolve()
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        parser.error(f"--output: {error}")
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="at least so many (default 100)")
@@ -129,11 +139,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    folder = args.output.resolve()
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        parser.error(f"--output: {error}")
+    folder = new_folder(parser, args.output)
     killer, rng = Killer(folder), np.random.default_rng(args.seed)
 
     write_scans(folder / "scans")

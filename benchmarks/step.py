@@ -159,9 +159,9 @@ def make_inputs(config: ConfigDict, dataset: PreparedDataset, roles: Roles) -> d
 
     Files that were just written or read are in the memory of the system.
     """
-    from_disk = config.copy_and_resolve_references()
-    from_disk.data.device_memory = 0.0
-    inputs = {"input from files": train.Batches(from_disk, dataset, roles)}
+    from_files = config.copy_and_resolve_references()
+    from_files.data.device_memory = 0.0
+    inputs = {"input from files": train.Batches(from_files, dataset, roles)}
     batches = train.Batches(config, dataset, roles)
     return inputs | ({"input from device memory": batches} if batches.resident else {})
 

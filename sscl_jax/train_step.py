@@ -217,6 +217,7 @@ def make_train_step(
     if model.feature_level != contrast_options.level:
         raise ValueError(f"feature_level {model.feature_level} is not {contrast_options.level}.")
     num_classes = model.num_classes
+    samplers = ("anatomical", "region") if contrast_options.sampler == "both" else (contrast_options.sampler,)
     uses_unlabeled = any((contrast_weight, consistency_weight, pseudo_label_weight))
 
     def apply(params, stats, images, train):
@@ -257,8 +258,6 @@ def make_train_step(
         least = jax.lax.stop_gradient(1.0 - jnp.max(jnp.where(held, by_class, 0.0)))
         # Every device holds the whole Dice; the shares must add up to it once.
         return 0.5 * ce / pixels + 0.5 * dice / global_sum(1), least
-
-    samplers = ("anatomical", "region") if contrast_options.sampler == "both" else (contrast_options.sampler,)
 
     def draw(sampler, keys, pixels, count):
         options = contrast_options
