@@ -8,6 +8,8 @@ r"""Trains a grid of configs, and makes one table of them.
 crossed with the grid. Here: 2 x 3 x 2 x (1 + 4) trainings. Each is the command line of `sscl_jax.main` in a folder of
 its own; one that has ended is not run again, so the same command goes on with a sweep that was stopped. After each,
 OUTPUT/results.csv has a row more, and OUTPUT/results.md the means over seeds and labelled patients.
+
+The figures are of val, by which to choose. With --split=test each training measures test too, and the table is of that.
 """
 
 import argparse
@@ -93,10 +95,14 @@ def run_one(config: str, output: Path, fixed: Fields, fields: Fields) -> bool:
     return status == 0
 
 
-def read_run(workdir: Path) -> dict[str, str | float]:
-    """What a training that has ended came to on val, the teacher: Dice in %, HD95 in mm, time in minutes."""
+def read_run(workdir: Path, split: str) -> dict[str, str | float]:
+    """What a training that has ended came to, the teacher: Dice in %, HD95 in mm, time in minutes.
+
+    Raises:
+      FileNotFoundError: the training did not measure `split`.
+    """
     facts = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
-    rows = compare.read_cases(workdir, "val", "teacher")
+    rows = compare.read_cases(workdir, split, "teacher")
     cases = list(compare.case_means(rows, "dice").values())
     result: dict[str, str | float] = {
         "revision": facts["revision"],
@@ -105,31 +111,31 @@ def read_run(workdir: Path) -> dict[str, str | float]:
         "dice": 100 * compare.class_mean(rows, "dice"),
         "dice_sd_of_cases": 100 * float(np.std(cases)),
         "hd95_mm": compare.class_mean(rows, "hd95_mm"),
-        **facts["features"]["val"]["teacher"],
+        **facts["features"][split]["teacher"],
     }
     result |= {f"dice_{name}": 100 * mean for name, mean in compare.class_means(rows, "dice").items()}
     with open(workdir / "metrics.csv", newline="", encoding="utf-8") as file:
-        accuracies = [row["val_pl_accuracy"] for row in csv.DictReader(file) if row.get("val_pl_accuracy")]
-    if accuracies:
-        result["pseudo_label_accuracy"] = 100 * float(accuracies[-1])
+        accuracies = [row.get(f"{split}_pl_accuracy") for row in csv.DictReader(file)]
+    if measured := [value for value in accuracies if value]:
+        result["pseudo_label_accuracy"] = 100 * float(measured[-1])
     return result
 
 
-def write_results(output: Path, runs: Sequence[Fields]) -> str:
-    """Writes results.csv and results.md of the trainings that have ended; returns the second."""
+def write_results(output: Path, runs: Sequence[Fields], split: str) -> str:
+    """Writes results.csv and results.md of the trainings that have ended, on `split`; returns the second."""
     ended = [fields for fields in runs if (output / folder_name(fields) / "report.html").is_file()]
-    rows = [{**fields, **read_run(output / folder_name(fields))} for fields in ended]
+    rows = [{**fields, **read_run(output / folder_name(fields), split)} for fields in ended]
     names = list(dict.fromkeys(name for row in rows for name in row))
     with open(output / "results.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows({n: f"{v:.4g}" if isinstance(v, float) else v for n, v in row.items()} for row in rows)
-    table = format_results(rows)
+    table = format_results(rows, split)
     (output / "results.md").write_text(table, encoding="utf-8")
     return table
 
 
-def format_results(rows: Sequence[dict]) -> str:
+def format_results(rows: Sequence[dict], split: str) -> str:
     """A Markdown table, one line for each config: mean ± standard deviation over its repeats, where it has some.
 
     The gain is over the first config on the same task: `TASK` fields equal, run by run.
@@ -149,7 +155,8 @@ def format_results(rows: Sequence[dict]) -> str:
         return f"{np.mean(values):.3g} ± {np.std(values):.2g}"
 
     lines = [
-        "| config | n | Dice % | gain | HD95 mm | compactness | separability | pseudo-labels right % | minutes |",
+        f"| config | n | Dice %, {split} | gain | HD95 mm | compactness | separability "
+        "| pseudo-labels right % | minutes |",
         "| --- " * 9 + "|",
     ]
     for name, group in groups.items():
@@ -174,28 +181,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     option("--set", help="a field that all trainings have in common")
     option("--grid", help="FIELD=VALUE,VALUE: crossed with the other --grid fields")
     option("--vary", help="FIELD=VALUE,VALUE: one field at a time")
+    parser.add_argument(
+        "--split", choices=("val", "test"), default="val", help="where the table's figures are from (val)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, each on a share of the cores (1)")
     args = cli.parse(parser, argv)
     try:
         runs = plan_runs(args.grid, args.vary)
         cli.make_folder(args.output, "--output")
         fixed = {name: ",".join(values) for name, values in args.set}
-        ends = _run_all(args.config, args.output, fixed, runs, args.jobs)
+        if args.split == "test":
+            fixed["eval.test"] = "True"
+        ends = _run_all(args, fixed, runs)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if not all(ends):
         sys.exit(f"{ends.count(False)} of {len(ends)} trainings did not end well; the same command tries them again.")
 
 
-def _run_all(config: str, output: Path, fixed: Fields, runs: list[Fields], jobs: int) -> list[bool]:
-    """Trains all, `jobs` at a time, and prints the table after each."""
+def _run_all(args: argparse.Namespace, fixed: Fields, runs: list[Fields]) -> list[bool]:
+    """Trains all, `args.jobs` at a time, and prints the table after each."""
     ends = []
     with concurrent.futures.ThreadPoolExecutor(
-        jobs, initializer=_take_cores, initargs=(itertools.count(), jobs)
+        args.jobs, initializer=_take_cores, initargs=(itertools.count(), args.jobs)
     ) as pool:
-        for end in pool.map(functools.partial(run_one, config, output, fixed), runs):
+        for end in pool.map(functools.partial(run_one, args.config, args.output, fixed), runs):
             ends.append(end)
-            print(write_results(output, runs), flush=True)
+            print(write_results(args.output, runs, args.split), flush=True)
     return ends
 
 

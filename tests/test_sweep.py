@@ -3,9 +3,15 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from sscl_jax import sweep
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def test_options():
@@ -47,7 +53,8 @@ def test_table_by_hand():
     rows = [row("supervised", "0", "3", 80.0), row("supervised", "1", "3", 84.0), row("supervised", "0", "1", 50.0)]
     rows += [row("region", "0", "3", 83.0, pseudo_label_accuracy=90.0), row("region", "1", "3", 85.0)]
     rows += [row("region", "0", "1", 61.0), row("region", "7", "1", 61.5)]
-    lines = sweep.format_results(rows).splitlines()
+    lines = sweep.format_results(rows, "test").splitlines()
+    assert "Dice %, test" in lines[0]
     assert lines[2:] == [
         "| method=supervised, data.labeled_patients=3 | 2 | 82 ± 2 |  | 4 ± 0 |  |  |  | 2 ± 0 |",
         "| method=supervised, data.labeled_patients=1 | 1 | 50 |  | 4 |  |  |  | 2 |",
@@ -75,16 +82,27 @@ def test_a_sweep_trains_what_has_not_ended_and_names_what_failed(phantom_data, t
         command += [f"--set={name}={value}" for name, value in small.items()]
         return subprocess.run([*command, *options], capture_output=True, text=True, env=os.environ)
 
-    first = run("--grid=method=supervised,pseudo_label", "--jobs=2")
+    def check_results(split):
+        """results.csv against the tables by case: for each class the mean over cases, then over classes."""
+        results = read_csv(tmp_path / "results.csv")
+        assert [row["method"] for row in results] == ["supervised", "pseudo_label"]
+        for row in results:
+            dice = {}
+            for case in read_csv(tmp_path / f"method={row['method']}" / f"{split}_cases.csv"):
+                if case["network"] == "teacher" and case["counted"] == "1":
+                    dice.setdefault(case["class"], []).append(100 * float(case["dice"]))
+            assert float(row["dice"]) == pytest.approx(np.mean([np.mean(values) for values in dice.values()]), abs=0.01)
+            assert 0 <= float(row["dice"]) <= 100 and row["labelled"]
+        assert f"Dice %, {split}" in (tmp_path / "results.md").read_text()
+
+    first = run("--grid=method=supervised,pseudo_label", "--jobs=2", "--split=test")
     assert first.returncode == 0, first.stdout + first.stderr
-    with open(tmp_path / "results.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["method"] for row in rows] == ["supervised", "pseudo_label"]
-    assert all(0 <= float(row["dice"]) <= 100 and row["labelled"] for row in rows)
+    check_results("test")
     assert (tmp_path / "results.md").read_text() in first.stdout
 
     kept = (tmp_path / "method=supervised" / "report.html").stat().st_mtime_ns
     second = run("--grid=method=supervised,pseudo_label", "--vary=model.norm=none")
+    check_results("val")
     assert second.returncode == 1 and "2 of 4 trainings did not end well" in second.stderr
     assert "model.norm='none': choose 'group' or 'batch'" in second.stdout
     assert (tmp_path / "method=supervised" / "report.html").stat().st_mtime_ns == kept
