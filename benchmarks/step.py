@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="folder for a profile of some steps")
     parser.add_argument("--scaling", action="store_true", help="the contrast alone, by size and number of images")
     args = parser.parse_args()
+    parallel.keep_memory()
     if args.scaling:
         scaling(args.dtype, args.repeats, args.burst)
         return

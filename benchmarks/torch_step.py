@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="peak memory on a CPU too, each side in its own process")
     parser.add_argument("--check", action="store_true", help="compare results, not times")
     args = parser.parse_args()
+    parallel.keep_memory()  # both sides take theirs from malloc
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.4")  # of a GPU: jax shares it, and asks at its first use
     if args.check:
         check()

@@ -22,7 +22,7 @@ import numpy as np
 from common import positive
 from medpy.metric import binary as medpy
 
-from sscl_jax import evaluate, experiment, metrics, predict
+from sscl_jax import evaluate, experiment, metrics, parallel, predict
 from sscl_jax.data.prepared import open_prepared
 
 
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="--workdir of a training: measure prediction too")
     parser.add_argument("--repeats", type=positive, default=3)
     args = parser.parse_args()
+    parallel.keep_memory()
     labels = sorted(args.acdc.rglob("*_gt.nii.gz"))
     if not labels:
         parser.error(f"--acdc={args.acdc}: there is no *_gt.nii.gz in it")

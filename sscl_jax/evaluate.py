@@ -377,6 +377,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = args.predictions, args.references
     if bool(args.checkpoint) == any(folders) or any(folders) != all(folders):
         parser.error("give either --checkpoint, or --predictions and --references")
+    parallel.keep_memory()
     try:
         rows: list[tuple[str, str, str, metrics.CaseMetrics]] = []
         classes: Sequence[str] = ()

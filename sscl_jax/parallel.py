@@ -1,6 +1,7 @@
 """Devices and hosts. The only file that says pmap."""
 
 import contextlib
+import ctypes
 import functools
 import io
 import os
@@ -25,6 +26,10 @@ AXIS = "devices"
 # In seconds. Of a process that is not heard of for so long, jax takes it that it is dead, and ends the others. At their
 # end the others wait for process 0, which draws the pictures.
 _join = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=60, shutdown_timeout_seconds=3600)
+
+# Of glibc's malloc.h: no blocks straight from the system (M_MMAP_MAX), one heap, since only that of the main thread can
+# grow at will (M_ARENA_MAX), of which nothing is given back (M_TRIM_THRESHOLD).
+_KEEP_MEMORY = ((-4, 0), (-8, 1), (-1, -1))
 
 
 def initialise_hosts(
@@ -94,6 +99,19 @@ def ending_together() -> Iterator[None]:
 def is_of_another(error: BaseException) -> bool:
     """Whether an error came of the end of another process; so told on CPU alone, elsewhere jax ends this one."""
     return "Gloo" in str(error)
+
+
+def keep_memory() -> None:
+    """Keeps what this process frees for its next use, where the C library is glibc; call it before anything computes.
+
+    XLA asks for the intermediate results of a step anew each time, on CPU from malloc. By itself, glibc gives blocks
+    so large back to the system at once, which then clears every page again: a quarter to a third of the time of a
+    step (benchmarks/RESULTS.md). The process holds the most that it ever used until it ends.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # other libraries, and macOS, have no such function
+        for option, value in _KEEP_MEMORY:
+            mallopt(option, value)
 
 
 def keep_compiled() -> None:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 
-from sscl_jax import cli, evaluate, experiment
+from sscl_jax import cli, evaluate, experiment, parallel
 from sscl_jax.data import formats, nifti, workers
 from sscl_jax.data import recipe as recipes
 
@@ -253,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser, argv)
     if not 0 <= args.overlap < 1:
         parser.error(f"--overlap={args.overlap}: must lie in [0, 1)")
+    parallel.keep_memory()
     try:
         network = experiment.load_networks(Path(args.checkpoint), args.kind)[args.network]
         scans = find_scans(args.input, network.meta["channels"])

@@ -1,9 +1,11 @@
 """Several processes share work. What they train together is in test_command_line.py."""
 
+import ctypes
 import os
 import socket
 import subprocess
 import sys
+import textwrap
 
 import jax
 import numpy as np
@@ -79,3 +81,24 @@ if __name__ == "__main__":
     check_from_main(int(sys.argv[2]))
     gathered = jax.pmap(lambda x: jax.lax.all_gather(x, parallel.AXIS), parallel.AXIS)(np.ones(2))
     assert gathered.shape == (2, 8)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_memory_that_was_freed_is_used_again():
+    """Page faults of a program with 64 MiB of intermediate results: without `keep_memory` some 16,000 at each call."""
+    code = """
+        import resource
+        import jax, jax.numpy as jnp
+        from sscl_jax import parallel
+
+        parallel.keep_memory()
+        program, x = jax.jit(lambda x: jnp.outer(x, x) @ x), jnp.arange(4096.0)
+        for _ in range(41):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            program(x).block_until_ready()
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert np.median([int(faults) for faults in run.stdout.split()]) < 1000
