@@ -353,8 +353,8 @@ class TorchStep:
             weak, strong, labels, inside = self.views(image, labels)
             probs, features = self.teach(weak)
             true = F.one_hot(labels, CLASSES).movedim(-1, 1).float()
-            strong, query_probs, query_inside = self.mix(strong, probs, inside)
-        terms = self.loss(strong, labels, true, inside, query_probs, query_inside, probs, features)
+            strong, query_probs, query_inside = self.mix(strong, true, probs, inside)
+        terms = self.loss(strong, labels, inside[len(labels) :], query_probs, query_inside, probs, features)
         weight = {name: self.ramp(config[name]) for name in ("contrast", "pseudo_label")}
         loss = (terms["sup_ce"] + terms["sup_dice"]) / 2 + weight["contrast"] * terms["con"]
         loss = loss + weight["pseudo_label"] * terms["pl_competence"] * (terms["pl_ce"] + terms["pl_dice"]) / 2
@@ -386,17 +386,17 @@ class TorchStep:
         return weak, strong_intensity(warped, options), found, inside
 
     def teach(self, weak: Tensor) -> tuple[Tensor, Tensor]:
-        """The teacher's probabilities of the unlabelled images, and its features of all."""
+        """The teacher's probabilities and features of the unlabelled images."""
         with self.precision():
-            logits, features = self.teacher(self.layout(weak))
-        return logits[self.config.data.labeled_batch :].softmax(1), features
+            logits, features = self.teacher(self.layout(weak[self.config.data.labeled_batch :]))
+        return logits.softmax(1), features
 
-    def mix(self, strong: Tensor, probs: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """CutMix in pairs of unlabelled images."""
+    def mix(self, strong: Tensor, true: Tensor, probs: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """CutMix of unlabelled images, in pairs or with labelled ones: all views, and of the unlabelled the targets."""
         number, options = self.config.data.labeled_batch, self.config.augment
         count, _, rows, columns = probs.shape
         low, high = options.cutmix_area
-        uniform = torch.rand(4, count, 1, device=probs.device)
+        uniform = torch.rand(5, count, 1, device=probs.device)
         side = (low + (high - low) * uniform[0]).sqrt()
 
         def span(size, place):
@@ -406,35 +406,36 @@ class TorchStep:
 
         box = span(rows, uniform[1])[:, :, None] & span(columns, uniform[2])[:, None]
         box = box & (uniform[3] < options.cutmix_probability)[:, None]
-        partner = torch.arange(count, device=probs.device) ^ 1
-        mixed = [
-            torch.where(box.view(count, *(1,) * (x.ndim - 3), rows, columns), x[partner], x)
-            for x in (strong[number:], probs, inside[number:])
-        ]
-        return torch.cat([strong[:number], mixed[0]]), mixed[1], torch.cat([inside[:number], mixed[2]])
+        place = torch.arange(count, device=probs.device)
+        partner, given = place ^ 1, place * number // count
+        coin = uniform[4] < options.cutmix_labeled
+
+        def pasted(labeled, unlabeled):
+            ones = (1,) * (unlabeled.ndim - 1)
+            source = torch.where(coin.view(count, *ones), labeled[given], unlabeled[partner])
+            return torch.where(box.view(count, *ones[2:], rows, columns), source, unlabeled)
+
+        mixed = pasted(strong[:number], strong[number:])
+        return torch.cat([strong[:number], mixed]), pasted(true, probs), pasted(inside[:number], inside[number:])
 
     def loss(
-        self, strong: Tensor, labels: Tensor, true: Tensor, inside: Tensor,
+        self, strong: Tensor, labels: Tensor, inside: Tensor,
         query_probs: Tensor, query_inside: Tensor, probs: Tensor, teacher_features: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """The terms of the loss, unweighted."""
+        """The terms of the loss, unweighted; all but views and labels are of the unlabelled images."""
         config, number = self.config, len(labels)
         options = config.contrast
         with self.precision():
             logits, features = self.student(self.layout(strong))
         ce, dice, competence = segmentation_loss(logits[:number], labels, torch.ones_like(labels, dtype=torch.float32))
         confidence, target = query_probs.max(1)
-        sure = (confidence >= config.pseudo_label.threshold) & query_inside[number:]
+        sure = (confidence >= config.pseudo_label.threshold) & query_inside
         pl_ce, pl_dice, _ = segmentation_loss(logits[number:], target, sure.float())
 
-        index, drawn, valid = draw(
-            torch.cat([true, query_probs]), query_inside, options.level, options.num_queries, options.threshold
-        )
-        queries = self.student.project(features, index)
+        index, drawn, valid = draw(query_probs, query_inside, options.level, options.num_queries, options.threshold)
+        queries = self.student.project(features[number:], index)
         with torch.no_grad():
-            index, key_drawn, key_valid = draw(
-                torch.cat([true, probs]), inside, options.level, options.num_keys, options.threshold
-            )
+            index, key_drawn, key_valid = draw(probs, inside, options.level, options.num_keys, options.threshold)
             keys = self.teacher.project(teacher_features, index)
         both, same = valid[:, None] & key_valid, drawn[:, None] == key_drawn
         con = info_nce(queries, keys, both & same, both & ~same, options.temperature)

@@ -81,7 +81,7 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.contrast.positives = "pixels"  # pixels | means (anatomical)
     config.contrast.cells = 4  # R of the R x R grid (region)
     config.contrast.partitions = 4  # S parts of a volume (region)
-    config.contrast.labeled = True  # labelled images give queries and keys too, or unlabelled ones alone
+    config.contrast.labeled = False  # whether labelled images give queries and keys too, or unlabelled ones alone
 
     config.consistency = ConfigDict()
     config.consistency.weight = 0.0  # final weight of the term; 0 = off
@@ -110,8 +110,8 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.augment.bias = 0.3  # standard deviation of the log of a smooth field
     config.augment.noise = 0.2  # greatest standard deviation, of the image's own
     config.augment.blur = 1.5  # greatest sigma, pixels
-    config.augment.cutmix_probability = 0.5  # for each unlabelled image, of getting a box of another image
-    config.augment.cutmix_labeled = 0.0  # probability that this is a labelled image, and not an unlabelled one
+    config.augment.cutmix_probability = 1.0  # for each unlabelled image, of getting a box of another image
+    config.augment.cutmix_labeled = 0.5  # probability that this is a labelled image, and not an unlabelled one
     config.augment.cutmix_area = (0.1, 0.5)  # share of the patch
 
     config.eval = ConfigDict()
