@@ -86,7 +86,9 @@ def main() -> None:
     model = experiment.make_model(config, classes)
     state = experiment.make_state(config, classes, channels)
     patch = tuple(config.data.patch_size)
-    images = sum(part["image"].shape[0] * part["image"].shape[1] for part in batch.values())
+    counts = {name: part["image"].shape[0] * part["image"].shape[1] for name, part in batch.items()}
+    images = sum(counts.values())
+    taught = images if config.contrast.labeled else counts.get("unlabeled", images)  # what the teacher sees
     examples = jax.tree.map(lambda *x: jnp.concatenate(x), *(  # all images of the batch, without labels
         {k: v.reshape(-1, *v.shape[2:]) for k, v in part.items() if k != "label"} for part in batch.values()
     ))  # fmt: skip
@@ -116,7 +118,7 @@ def main() -> None:
     compiled = {
         "whole step": Program(experiment.make_step(config, classes), fresh(), batch),
         "augmentation, both views": Program(jax.jit(augment), keys, examples),
-        "teacher forward": Program(jax.jit(forward), state.teacher, pixels),
+        "teacher forward": Program(jax.jit(forward), state.teacher, pixels[:taught]),
         "student forward": Program(jax.jit(forward), state.student, pixels),
         "student forward + backward": Program(
             jax.jit(jax.grad(lambda p, x: jnp.mean(forward(p, x) ** 2))), state.student, pixels

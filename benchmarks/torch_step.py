@@ -7,10 +7,11 @@ The PyTorch side shares nothing with `sscl_jax` but the config: same network, vi
 some forms. *eager* is what one finds in the field: NCHW, float32, one module after the other. *compiled* is the
 strongest we know: channels last, torch.compile, fused AdamW, and bfloat16 autocast on a GPU (not on a CPU, where the
 JAX step is float32 unless `--dtype` says otherwise). *autocast*, on a GPU alone, is eager with channels last and
-bfloat16. All have the batch on the device. All sides take turns in one process, on as many threads as this process may
-use, so that a machine that slows down slows all of them; a side that fails is left out. Last comes the time that the
-FLOPs of the JAX step take at the rate of a large matmul, or its bytes at that of a large copy, whichever is more; with
-much of them in caches, as on a CPU, the step may take less. `--check` compares losses, gradients and updates, no times.
+bfloat16. All have the batch on the device, and what `parallel.keep_memory` does for JAX. All sides take turns in one
+process, on as many threads as this process may use, so that a machine that slows down slows all of them; a side that
+fails is left out. Last comes the time that the FLOPs of the JAX step take at the rate of a large matmul, or its bytes
+at that of a large copy, whichever is more; with much of them in caches, as on a CPU, the step may take less. `--check`
+compares losses, gradients and updates, no times.
 """
 
 import argparse
@@ -185,6 +186,7 @@ def make_side(side: str, config: ConfigDict) -> JaxSide | TorchSide:
 
 def peak_memory(side: str, config: ConfigDict, threads: int) -> float:
     """GiB that three steps take on a CPU beyond what the libraries do."""
+    parallel.keep_memory()
     torch.set_num_threads(threads)
     before = parallel.peak_memory()
     make_side(side, config)(3)
@@ -504,12 +506,15 @@ def load_parameters(network: TorchUNet, params: dict[str, Any], corners: Callabl
 
 
 def check() -> None:
-    """One step of both sides from the same weights, with still views and all pixels drawn: equal to rounding."""
+    """One step of both sides from the same weights, with still views and all pixels drawn: equal to rounding.
+
+    Without CutMix, and with images that it replaces altogether, by others without labels or by those with.
+    """
     config = make_config((2, 4), 32, "float32")
     for name in ("rotate", "shear", "elastic", "spread", "weak_contrast", "weak_brightness", "weak_gamma", "contrast",
                  "brightness", "gamma", "bias", "noise", "blur", "cutmix_probability"):  # fmt: skip
         config.augment[name] = 0.0
-    config.augment.scale = (1.0, 1.0)
+    config.augment.scale = config.augment.cutmix_area = (1.0, 1.0)
     config.contrast.num_queries = config.contrast.num_keys = 16 * 16  # all there are
     config.contrast.threshold = config.pseudo_label.threshold = 0.4
     config.contrast.ramp_steps = config.pseudo_label.ramp_steps = config.optimizer.warmup_steps = 0
@@ -530,11 +535,12 @@ def check() -> None:
     images = np.concatenate([part["image"] for part in batch.values()])
     model = experiment.make_model(config, CLASSES)
     logits = jax.jit(lambda x: model.apply({"params": student}, x)[0])(images)
-    after, metrics = experiment.make_step(config, CLASSES)(parallel.replicate(state), parallel.shard(batch))
-    after = parallel.to_host(after)
-    means = {name: float(total) / float(count) for name, (total, count) in metrics.items()}
+    for probability, labeled, compiled in ((0.0, 0.0, False), (0.0, 0.0, True), (1.0, 0.0, False), (1.0, 1.0, False)):
+        config.augment.cutmix_probability, config.augment.cutmix_labeled = probability, labeled
+        after, metrics = experiment.make_step(config, CLASSES)(parallel.replicate(state), parallel.shard(batch))
+        after = parallel.to_host(after)
+        means = {name: float(total) / float(count) for name, (total, count) in metrics.items()}
 
-    for compiled in (False, True):
         other = TorchStep(config, compiled, autocast=False)
         other.step = 10
         more = load_parameters(other.student, student)
@@ -543,7 +549,7 @@ def check() -> None:
         with torch.no_grad():
             theirs = other.student(other.layout(image))[0].movedim(1, -1).cpu().numpy()
         np.testing.assert_allclose(theirs, logits, atol=1e-4)
-        print(f"torch, {'compiled' if compiled else 'eager'}")
+        print(f"torch, {'compiled' if compiled else 'eager'}, CutMix {probability:g}, with labelled images {labeled:g}")
         print(f"  parameters {sum(p.numel() for p in other.student.parameters())}, and {more} corner biases in jax")
         print(f"  logits agree to {np.abs(theirs - logits).max():.1e}")
         for name, value in other(image, labels).items():

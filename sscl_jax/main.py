@@ -31,7 +31,6 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unknown argument {argv[1]!r}: flags start with --; see --help.")
     logging.set_verbosity(logging.WARNING)  # jax and Orbax tell every step of their work at INFO
-    parallel.keep_memory()
     try:
         parallel.initialise_hosts(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value)
         if not _DRY_RUN.value:

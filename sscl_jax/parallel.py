@@ -105,13 +105,15 @@ def keep_memory() -> None:
     """Keeps what this process frees for its next use, where the C library is glibc; call it before anything computes.
 
     XLA asks for the intermediate results of a step anew each time, on CPU from malloc. By itself, glibc gives blocks
-    so large back to the system at once, which then clears every page again: a quarter to a third of the time of a
-    step (benchmarks/RESULTS.md). The process holds the most that it ever used until it ends.
+    so large back to the system at once, which then clears every page again: benchmarks/RESULTS.md says what that takes.
+    The process holds at least the most that it ever used until it ends. With an environment variable of glibc's own,
+    MALLOC_..., nothing is done: whoever set it knows better.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # other libraries, and macOS, have no such function
-        for option, value in _KEEP_MEMORY:
-            mallopt(option, value)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other libraries, and macOS, have no such function
+    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    for option, value in _KEEP_MEMORY:
+        mallopt(option, value)
 
 
 def keep_compiled() -> None:

@@ -81,7 +81,7 @@ def command_line(config: str, workdir: Path, fields: Fields) -> list[str]:
 def run_one(config: str, output: Path, fixed: Fields, fields: Fields) -> bool:
     """Trains one config, with its log beside its folder; returns whether it ended well."""
     workdir = output / folder_name(fields)
-    if (workdir / "report.html").is_file():
+    if has_ended(workdir, "test" if fixed.get("eval.test") == "True" else "val"):
         return True
     print(f"{workdir.name} ...", flush=True)
     # What the trainings share is compiled once.
@@ -95,11 +95,17 @@ def run_one(config: str, output: Path, fixed: Fields, fields: Fields) -> bool:
     return status == 0
 
 
-def read_run(workdir: Path, split: str) -> dict[str, str | float]:
-    """What a training that has ended came to, the teacher: Dice in %, HD95 in mm, time in minutes.
+def has_ended(workdir: Path, split: str) -> bool:
+    """Whether a training has ended and measured `split`; run again, one that did not measure test does only that."""
+    if not (workdir / "report.html").is_file():
+        return False
+    return split in json.loads((workdir / "run.json").read_text(encoding="utf-8")).get("features", {})
 
-    Raises:
-      FileNotFoundError: the training did not measure `split`.
+
+def read_run(workdir: Path, split: str) -> dict[str, str | float]:
+    """What a training that `has_ended` came to, the teacher: Dice in %, HD95 in mm, time in minutes.
+
+    How many pseudo-labels are right is known of val alone.
     """
     facts = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
     rows = compare.read_cases(workdir, split, "teacher")
@@ -114,16 +120,17 @@ def read_run(workdir: Path, split: str) -> dict[str, str | float]:
         **facts["features"][split]["teacher"],
     }
     result |= {f"dice_{name}": 100 * mean for name, mean in compare.class_means(rows, "dice").items()}
-    with open(workdir / "metrics.csv", newline="", encoding="utf-8") as file:
-        accuracies = [row.get(f"{split}_pl_accuracy") for row in csv.DictReader(file)]
-    if measured := [value for value in accuracies if value]:
-        result["pseudo_label_accuracy"] = 100 * float(measured[-1])
+    if split == "val":
+        with open(workdir / "metrics.csv", newline="", encoding="utf-8") as file:
+            accuracies = [row["val_pl_accuracy"] for row in csv.DictReader(file) if row.get("val_pl_accuracy")]
+        if accuracies:
+            result["pseudo_label_accuracy"] = 100 * float(accuracies[-1])
     return result
 
 
 def write_results(output: Path, runs: Sequence[Fields], split: str) -> str:
     """Writes results.csv and results.md of the trainings that have ended, on `split`; returns the second."""
-    ended = [fields for fields in runs if (output / folder_name(fields) / "report.html").is_file()]
+    ended = [fields for fields in runs if has_ended(output / folder_name(fields), split)]
     rows = [{**fields, **read_run(output / folder_name(fields), split)} for fields in ended]
     names = list(dict.fromkeys(name for row in rows for name in row))
     with open(output / "results.csv", "w", newline="", encoding="utf-8") as file:

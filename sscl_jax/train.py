@@ -75,6 +75,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, dict[str, metrics.Summ
       ValueError, FileNotFoundError, OSError: config, data or workdir cannot be used; says why.
       FloatingPointError: the loss is not finite; names the step and its cases.
     """
+    parallel.keep_memory()
     config, dataset, roles = open_data(config)
     held = classes_held(dataset, roles.labeled + roles.val)
     make_folder(workdir, "--workdir")

@@ -283,13 +283,16 @@ EXPECTED = {
     "supervised": (set(), {}),
     "mean_teacher": ({"cons"}, {}),
     "region": ({"con"}, {"data.patch_size": (8, 8, 8), "augment.flip": (False,) * 3}),
-    "anatomical": ({"con"}, {"contrast.positives": "means", "contrast.level": 0, "teacher.scope": "encoder"}),
+    "anatomical": (
+        {"con"},
+        {"contrast.positives": "means", "contrast.level": 0, "teacher.scope": "encoder", "contrast.labeled": True},
+    ),
     "pseudo_label": (PSEUDO_LABEL, {"model.norm": "batch", "pseudo_label.threshold": 0.3}),
     "region_pl": (
         {"con"} | PSEUDO_LABEL - {"pl_competence"},
-        {"contrast.labeled": False, "pseudo_label.competence": False},
+        {"pseudo_label.competence": False},
     ),
-    "anatomical_pl": ({"con"} | PSEUDO_LABEL, {}),
+    "anatomical_pl": ({"con"} | PSEUDO_LABEL, {"contrast.labeled": True}),  # the teacher knows one class so early
 }
 
 
@@ -369,7 +372,7 @@ def test_the_supervised_step_ignores_the_teacher(cheap):
 def test_terms_of_weight_zero_leave_the_supervised_step(cheap, monkeypatch):
     supervised, _ = run(small("supervised"))
     monkeypatch.setattr(train_step, "sigmoid_ramp", lambda weight, steps: lambda step: 0.0 * step)
-    silent, metrics = run(small("anatomical_pl"), key="silent")
+    silent, metrics = run(small("anatomical_pl", **{"contrast.labeled": True}), key="silent")
     assert metrics["con"] > 0  # it was computed
     for one, other in zip(supervised, silent, strict=True):
         for a, b in zip(jax.tree.leaves(one.student), jax.tree.leaves(other.student), strict=True):
@@ -444,7 +447,8 @@ def test_the_gradient_takes_competence_for_a_constant(cheap):
 
 
 def test_a_batch_with_nothing_confident_is_finite(cheap, monkeypatch):
-    config = small("anatomical_pl", **{"contrast.threshold": 1.0, "pseudo_label.threshold": 1.0})
+    fields = {"contrast.threshold": 1.0, "pseudo_label.threshold": 1.0, "augment.cutmix_labeled": 0.0}
+    config = small("anatomical_pl", **fields)
     # Not even a label is sure of its class.
     monkeypatch.setattr(train_step, "pool", lambda x, size, reduce: 0.5 * jnp.mean(x) + 0 * x[:, ::2, ::2])
     states, metrics = run(config, steps=1, key="unsure")
@@ -460,8 +464,7 @@ SEVERAL = {
         "anatomical_pl",
         {
             "consistency.weight": 1.0,
-            "augment.cutmix_probability": 1.0,
-            "augment.cutmix_labeled": 0.5,
+            "contrast.labeled": True,
             "augment.foreground": 0.5,
         },
         2,
