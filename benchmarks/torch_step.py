@@ -535,7 +535,7 @@ def check() -> None:
     images = np.concatenate([part["image"] for part in batch.values()])
     model = experiment.make_model(config, CLASSES)
     logits = jax.jit(lambda x: model.apply({"params": student}, x)[0])(images)
-    for probability, labeled, compiled in ((0.0, 0.0, False), (0.0, 0.0, True), (1.0, 0.0, False), (1.0, 1.0, False)):
+    for probability, labeled, compiled in ((0.0, 0.0, False), (1.0, 0.0, False), (1.0, 1.0, False), (0.0, 0.0, True)):
         config.augment.cutmix_probability, config.augment.cutmix_labeled = probability, labeled
         after, metrics = experiment.make_step(config, CLASSES)(parallel.replicate(state), parallel.shard(batch))
         after = parallel.to_host(after)
