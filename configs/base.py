@@ -81,9 +81,7 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.contrast.positives = "pixels"  # pixels | means (anatomical)
     config.contrast.cells = 4  # R of the R x R grid (region)
     config.contrast.partitions = 4  # S parts of a volume (region)
-    config.contrast.labeled = (
-        False  # True: labelled images give queries and keys too, and not only where CutMix puts them
-    )
+    config.contrast.labeled = False  # True: labelled images give queries and keys too, not only in CutMix's boxes
 
     config.consistency = ConfigDict()
     config.consistency.weight = 0.0  # final weight of the term; 0 = off
