@@ -78,10 +78,10 @@ def command_line(config: str, workdir: Path, fields: Fields) -> list[str]:
     return [sys.executable, "-m", "sscl_jax.main", f"--config={config}{method}", f"--workdir={workdir}", *options]
 
 
-def run_one(config: str, output: Path, fixed: Fields, fields: Fields) -> bool:
-    """Trains one config, with its log beside its folder; returns whether it ended well."""
+def run_one(config: str, output: Path, split: str, fixed: Fields, fields: Fields) -> bool:
+    """Trains one config and measures `split`, with its log beside its folder; returns whether it ended well."""
     workdir = output / folder_name(fields)
-    if has_ended(workdir, "test" if fixed.get("eval.test") == "True" else "val"):
+    if has_ended(workdir, split):
         return True
     print(f"{workdir.name} ...", flush=True)
     # What the trainings share is compiled once.
@@ -212,7 +212,7 @@ def _run_all(args: argparse.Namespace, fixed: Fields, runs: list[Fields]) -> lis
     with concurrent.futures.ThreadPoolExecutor(
         args.jobs, initializer=_take_cores, initargs=(itertools.count(), args.jobs)
     ) as pool:
-        for end in pool.map(functools.partial(run_one, args.config, args.output, fixed), runs):
+        for end in pool.map(functools.partial(run_one, args.config, args.output, args.split, fixed), runs):
             ends.append(end)
             print(write_results(args.output, runs, args.split), flush=True)
     return ends

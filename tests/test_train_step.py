@@ -465,6 +465,8 @@ SEVERAL = {
         {
             "consistency.weight": 1.0,
             "contrast.labeled": True,
+            "augment.cutmix_probability": 1.0,
+            "augment.cutmix_labeled": 0.5,
             "augment.foreground": 0.5,
         },
         2,
