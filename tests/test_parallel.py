@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from sscl_jax import parallel
+from configs import phantom
+from sscl_jax import evaluate, parallel, predict, train
 
 
 def work(item):
@@ -99,6 +100,27 @@ def test_memory_that_was_freed_is_used_again():
 
     assert median_faults() < 1000
     assert median_faults(MALLOC_ARENA_MAX="8") > 1000  # the user's own choice stays
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        lambda folder: train.train(phantom.get_config(), folder),
+        lambda folder: predict.main([f"--checkpoint={folder}", f"--input={folder}", f"--output={folder}"]),
+        lambda folder: evaluate.main([f"--checkpoint={folder}"]),
+    ],
+    ids=["train", "predict", "evaluate"],
+)
+def test_what_computes_keeps_its_memory(start, tmp_path, monkeypatch):
+    class Kept(Exception):
+        pass
+
+    def keep_memory():
+        raise Kept
+
+    monkeypatch.setattr(parallel, "keep_memory", keep_memory)
+    with pytest.raises(Kept):
+        start(tmp_path)
 
 
 if __name__ == "__main__":
