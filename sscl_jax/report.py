@@ -133,7 +133,7 @@ def write_report(workdir: Path, others: Sequence[Path] = ()) -> Path:
     """
     run = read_run(workdir)
     name, method = run.run["dataset"], run.config["method"]
-    parts = [f"<h1>{_text(name)}: {_text(method)}, {_labelled(run)} labelled patients</h1>"]
+    parts = [f"<h1>{_text(name)}: {_text(method)}, labelled patients: {_labelled(run)}</h1>"]
     parts += _first_screen(run)
     parts += _comparison(run, [read_run(other) for other in others])
     for split in run.cases:
