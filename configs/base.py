@@ -26,7 +26,7 @@ METHODS: dict[str, dict] = {
     "pseudo_label": {"pseudo_label.weight": 1.0},
     "region_pl": REGION | {"pseudo_label.weight": 1.0},
     "anatomical_pl": {
-        "contrast.weight": 0.1,
+        "contrast.weight": 0.03,
         "contrast.sampler": "anatomical",
         "pseudo_label.weight": 1.0,
     },
