@@ -4,7 +4,7 @@ python -m data_prep.acdc --input=DIR --output=data/acdc_3mm --spacing=3
 python -m sscl_jax.main --config=configs/acdc_cpu.py --workdir=runs/acdc_1
 
 14 minutes on one core of an AMD EPYC with AVX-512: mean Dice 81.7 % on val, with the contrast and CutMix that were the
-defaults before; supervised 69.6 %. On patients that no decision used, with the defaults as they are: docs/results.md.
+defaults before; supervised 69.6 %. On held-out patients, with the defaults as they are: docs/results.md.
 """
 
 from ml_collections import ConfigDict

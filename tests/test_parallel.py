@@ -11,8 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import phantom
-from sscl_jax import evaluate, parallel, predict, train
+from sscl_jax import parallel
 
 
 def work(item):
@@ -102,16 +101,11 @@ def test_memory_that_was_freed_is_used_again():
     assert median_faults(MALLOC_ARENA_MAX="8") > 1000  # the user's own choice stays
 
 
-@pytest.mark.parametrize(
-    "start",
-    [
-        lambda folder: train.train(phantom.get_config(), folder),
-        lambda folder: predict.main([f"--checkpoint={folder}", f"--input={folder}", f"--output={folder}"]),
-        lambda folder: evaluate.main([f"--checkpoint={folder}"]),
-    ],
-    ids=["train", "predict", "evaluate"],
-)
-def test_what_computes_keeps_its_memory(start, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", ["train", "predict", "evaluate"])
+def test_what_computes_keeps_its_memory(command, tmp_path, monkeypatch):
+    from configs import phantom
+    from sscl_jax import evaluate, predict, train
+
     class Kept(Exception):
         pass
 
@@ -119,8 +113,14 @@ def test_what_computes_keeps_its_memory(start, tmp_path, monkeypatch):
         raise Kept
 
     monkeypatch.setattr(parallel, "keep_memory", keep_memory)
+    options = [f"--checkpoint={tmp_path}", f"--input={tmp_path}", f"--output={tmp_path}"]
+    start = {
+        "train": lambda: train.train(phantom.get_config(), tmp_path),
+        "predict": lambda: predict.main(options),
+        "evaluate": lambda: evaluate.main(options[:1]),
+    }[command]
     with pytest.raises(Kept):
-        start(tmp_path)
+        start()
 
 
 if __name__ == "__main__":
