@@ -3,8 +3,8 @@
 python -m data_prep.msd --input=Task04_Hippocampus --output=data/hippocampus
 python -m sscl_jax.main --config=configs/msd_hippocampus.py --workdir=runs/hippocampus
 
-9 minutes on one core of an AMD EPYC. With 3 labelled volumes and 3,000 steps 85.7 % mean Dice on val (with the defaults
-before), supervised 85.1 %; with all 42 labelled 87.3 % in 1,000 steps. With 1, on test: docs/results.md.
+11 minutes on one core of an Intel Xeon. With 3 labelled volumes and 3,000 steps 85.7 % mean Dice on val (with the
+defaults before), supervised 85.1 %; with all 42 labelled 87.3 % in 1,000 steps. With 1, on test: docs/results.md.
 """
 
 from ml_collections import ConfigDict
