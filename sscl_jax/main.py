@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 import configs
 from sscl_jax import cli, parallel
@@ -69,10 +69,18 @@ def find_config(word: str) -> str:
     return word
 
 
-def _parse(argv: list[str]) -> list[str]:
+def read_config(options: list[str]) -> ConfigDict:
+    """The config that a command line means, without its other flags; ends as the command would where it means none."""
+    words, values = ["sscl_jax.main", *map(find_config, options)], flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", None, "Config file.", values, sys_argv=words)
+    _parse(words, values)
+    return config.value
+
+
+def _parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """Parses the flags; a config that is not there, or has no such field or method, ends in one line."""
     try:
-        return flags.FLAGS([find_config(word) for word in cli.underscored(argv)])
+        return values([find_config(word) for word in cli.underscored(argv)])
     except SystemExit as stop:  # absl leaves with status 1 when it has printed the help
         sys.exit(0 if any(re.match("--?help", word) for word in argv) else stop.code or 1)
     except (flags.Error, OSError, ImportError, ValueError) as error:

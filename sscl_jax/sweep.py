@@ -20,14 +20,17 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from sscl_jax import cli, compare
+from sscl_jax import cli, compare, experiment, train
+from sscl_jax import main as training
 
 Fields = dict[str, str]  # config field -> value, as on the command line
 
@@ -71,24 +74,40 @@ def folder_name(fields: Fields) -> str:
     return re.sub(r"[^\w.,=+-]", "_", text)
 
 
-def command_line(config: str, workdir: Path, fields: Fields) -> list[str]:
-    """The command that trains `config` with `fields` changed."""
+def options_of(config: str, fields: Fields) -> list[str]:
+    """What `sscl_jax.main` is told to train `config` with `fields` changed."""
     method = f":{fields['method']}" if "method" in fields else ""
     options = [f"--config.{name}={value}" for name, value in fields.items() if name != "method"]
-    return [sys.executable, "-m", "sscl_jax.main", f"--config={config}{method}", f"--workdir={workdir}", *options]
+    return [f"--config={config}{method}", *options]
 
 
-def run_one(config: str, output: Path, split: str, fixed: Fields, fields: Fields) -> bool:
+def check_run(workdir: Path, options: list[str]) -> None:
+    """Refuses what could not be trained, and a folder in which another training has ended: its figures are not ours.
+
+    Raises:
+      ValueError, OSError: as `train.open_data`; or lists the fields that differ.
+      SystemExit: there is no such config, method or field; says which.
+    """
+    config, dataset, _ = train.open_data(training.read_config(options))
+    if (workdir / "report.html").is_file():
+        saved, facts = (json.loads((workdir / n).read_text(encoding="utf-8")) for n in ("config.json", "run.json"))
+        meta = {"config": saved, "fingerprint": facts["fingerprint"]}
+        experiment.check_same_training(config, meta, dataset.fingerprint, workdir)
+
+
+def run_one(
+    options: list[str], workdir: Path, split: str, environment: dict[str, str], running: set[subprocess.Popen]
+) -> bool:
     """Trains one config and measures `split`, with its log beside its folder; returns whether it ended well."""
-    workdir = output / folder_name(fields)
     if has_ended(workdir, split):
         return True
     print(f"{workdir.name} ...", flush=True)
-    # What the trainings share is compiled once.
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(output / "compiled")} | os.environ
+    command = [sys.executable, "-m", "sscl_jax.main", f"--workdir={workdir}", *options]
     with open(f"{workdir}.log", "a", encoding="utf-8") as log:
-        command = command_line(config, workdir, fixed | fields)
-        status = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        running.add(process)
+        status = process.wait()
+        running.remove(process)
     if status:
         last = Path(log.name).read_text(encoding="utf-8").strip().splitlines()[-1:]
         print(f"{workdir.name}: exit status {status}; {' '.join(last)} (all of it in {log.name})", flush=True)
@@ -194,27 +213,50 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, each on a share of the cores (1)")
     args = cli.parse(parser, argv)
     try:
+        if args.jobs < 1:
+            raise ValueError(f"--jobs={args.jobs}: at least 1 training at a time.")
         runs = plan_runs(args.grid, args.vary)
         cli.make_folder(args.output, "--output")
         fixed = {name: ",".join(values) for name, values in args.set}
         if args.split == "test":
             fixed["eval.test"] = "True"
+        jax.config.update("jax_platforms", "cpu")  # the accelerators are for the trainings
+        for fields in runs:
+            check_run(args.output / folder_name(fields), options_of(args.config, fixed | fields))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         ends = _run_all(args, fixed, runs)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     if not all(ends):
         sys.exit(f"{ends.count(False)} of {len(ends)} trainings did not end well; the same command tries them again.")
 
 
 def _run_all(args: argparse.Namespace, fixed: Fields, runs: list[Fields]) -> list[bool]:
-    """Trains all, `args.jobs` at a time, and prints the table after each."""
+    """Trains all, `args.jobs` at a time, and prints the table after each; stopped, it has them save."""
+    # What the trainings share is compiled once.
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(args.output / "compiled")} | os.environ
+    running: set[subprocess.Popen] = set()
+
+    def run(fields: Fields) -> bool:
+        options = options_of(args.config, fixed | fields)
+        return run_one(options, args.output / folder_name(fields), args.split, environment, running)
+
     ends = []
     with concurrent.futures.ThreadPoolExecutor(
         args.jobs, initializer=_take_cores, initargs=(itertools.count(), args.jobs)
     ) as pool:
-        for end in pool.map(functools.partial(run_one, args.config, args.output, args.split, fixed), runs):
-            ends.append(end)
-            print(write_results(args.output, runs, args.split), flush=True)
+        try:
+            for end in pool.map(run, runs):
+                ends.append(end)
+                print(write_results(args.output, runs, args.split), flush=True)
+        except (KeyboardInterrupt, SystemExit):
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.terminate()
+            print("stopped; the same command goes on.", file=sys.stderr, flush=True)
+            raise
     return ends
 
 

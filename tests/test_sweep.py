@@ -1,7 +1,9 @@
 import csv
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -40,9 +42,7 @@ def test_names_and_commands(tmp_path):
     fields = {"method": "region", "data.patch_size": "(64, 64)"}
     assert sweep.folder_name(fields) == "method=region,data.patch_size=_64,_64_"
     assert sweep.folder_name({"data.path": "../up"}) == "data.path=.._up"
-    assert sweep.command_line("c.py", tmp_path, fields)[1:] == [
-        "-m", "sscl_jax.main", "--config=c.py:region", f"--workdir={tmp_path}", "--config.data.patch_size=(64, 64)",
-    ]  # fmt: skip
+    assert sweep.options_of("c.py", fields) == ["--config=c.py:region", "--config.data.patch_size=(64, 64)"]
 
 
 def test_table_by_hand():
@@ -63,24 +63,19 @@ def test_table_by_hand():
     ]
 
 
+def command(phantom_data, output, *options):
+    small = {
+        "data.path": phantom_data, "data.labeled_patients": 2, "data.labeled_batch": 2, "data.unlabeled_batch": 2,
+        "data.patch_size": "(16,16)", "model.widths": "(8,8)", "steps": 4, "eval.every": 2, "save_every": 2,
+    }  # fmt: skip
+    start = [sys.executable, "-W", "ignore", "-m", "sscl_jax.sweep", "--config=configs/base.py", f"--output={output}"]
+    return [*start, *(f"--set={name}={value}" for name, value in small.items()), *options]
+
+
 @pytest.mark.end_to_end
 def test_a_sweep_trains_what_has_not_ended_and_names_what_failed(phantom_data, tmp_path):
     def run(*options):
-        small = {
-            "data.path": phantom_data, "data.labeled_patients": 2, "data.labeled_batch": 2, "data.unlabeled_batch": 2,
-            "data.patch_size": "(16,16)", "model.widths": "(8,8)", "steps": 4, "eval.every": 2, "save_every": 2,
-        }  # fmt: skip
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "sscl_jax.sweep",
-            "--config=configs/base.py",
-            f"--output={tmp_path}",
-        ]
-        command += [f"--set={name}={value}" for name, value in small.items()]
-        return subprocess.run([*command, *options], capture_output=True, text=True, env=os.environ)
+        return subprocess.run(command(phantom_data, tmp_path, *options), capture_output=True, text=True, env=os.environ)
 
     def check_results(split):
         """results.csv against the tables by case: for each class the mean over cases, then over classes."""
@@ -104,8 +99,39 @@ def test_a_sweep_trains_what_has_not_ended_and_names_what_failed(phantom_data, t
     check_results("test")
 
     kept = (tmp_path / "method=supervised" / "report.html").stat().st_mtime_ns
-    second = run("--grid=method=supervised,pseudo_label", "--vary=model.norm=none")
-    check_results("val")
-    assert second.returncode == 1 and "2 of 4 trainings did not end well" in second.stderr
-    assert "model.norm='none': choose 'group' or 'batch'" in second.stdout
+    (tmp_path / "method=supervised,seed=1").write_text("a file where a training should be")
+    second = run("--grid=method=supervised,pseudo_label", "--vary=seed=1", "--set=log_every=1")
+    assert [(row["method"], row["seed"]) for row in read_csv(tmp_path / "results.csv")] == [
+        ("supervised", ""), ("pseudo_label", ""), ("pseudo_label", "1"),
+    ]  # fmt: skip
+    assert second.returncode == 1 and "1 of 4 trainings did not end well" in second.stderr
+    assert "method=supervised,seed=1: exit status 1; error: --workdir=" in second.stdout
     assert (tmp_path / "method=supervised" / "report.html").stat().st_mtime_ns == kept
+
+    # Nothing is trained where one of the trainings could not be, or where a folder holds the figures of another.
+    for option, message in (
+        ("--set=optimizer.learning_rate=1", "holds a training with another config: optimizer.learning_rate was 0.002"),
+        ("--set=nosuch=1", "the config has no field nosuch"),
+        ("--vary=model.norm=none", "model.norm='none': choose 'group' or 'batch'"),
+        ("--jobs=0", "--jobs=0: at least 1 training"),
+    ):
+        with pytest.raises(SystemExit) as refused:
+            sweep.main(command(phantom_data, tmp_path, "--grid=method=supervised", option)[5:])
+        told = str(refused.value.code)
+        assert message in told and "\n" not in told
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_that_is_stopped_has_its_training_save(phantom_data, tmp_path, signum):
+    words = command(phantom_data, tmp_path, "--set=steps=100000", "--set=log_every=1", "--grid=method=supervised")
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "method=supervised" / "metrics.csv"
+    while not (metrics.is_file() and len(read_csv(metrics)) > 1):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert err == "stopped; the same command goes on.\n"
+    assert "exit status 143; stopped by SIGTERM at step" in out
