@@ -37,17 +37,22 @@ def read_cases(workdir: Path, split: str, network: str) -> Rows:
 
     Raises:
       FileNotFoundError: the training has no such table.
+      ValueError: the table is not one of ours.
     """
     path = workdir / f"{split}_cases.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table; let the training end, or choose another --split.")
     with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        needed = {"patient", "case", "class", "network", "counted", "flagged", *METRICS}
+        if missing := needed.difference(reader.fieldnames or ()):
+            raise ValueError(f"{path} has no column {', '.join(sorted(missing))}; measure the training again.")
         return {
             Key(row["patient"], row["case"], row["class"]): {
                 **{name: float(row[name]) if row["counted"] == "1" else math.nan for name in METRICS},
                 "flagged": float(row["flagged"]),
             }
-            for row in csv.DictReader(file)
+            for row in reader
             if row["network"] == network
         }
 
@@ -123,10 +128,8 @@ def compare(workdirs: Sequence[Path], split: str, network: str) -> str:
         if rows is not runs[0]:
             mean, std, n, p = paired(runs[0], rows)
             text += f"  {100 * mean:+.2f} ± {100 * std:.2f}, n = {n}, p = {p:.2g}"
-        labeled = config["data"]["labeled_patients"]
-        lines.append(
-            f"{str(workdir):{width}}  {text}   [{config['method']}, {labeled} labelled, seed {config['seed']}]"
-        )
+        training = f"{config['method']}, {config['data']['labeled_patients']} labelled, {config['steps']} steps"
+        lines.append(f"{str(workdir):{width}}  {text}   [{training}, seed {config['seed']}]")
     return "\n".join(lines)
 
 

@@ -37,14 +37,23 @@ def dice_sums(probs: jax.Array, labels: jax.Array, weight: jax.Array) -> jax.Arr
     return jnp.stack([overlap, total])
 
 
-def soft_dice_loss(sums: jax.Array, smooth: float = 1.0) -> jax.Array:
-    """1 - (2 overlap + s) / (total + s) of each class (Milletari et al., 2016, with a linear denominator).
+def soft_dice(sums: jax.Array, smooth: float = 1.0) -> jax.Array:
+    """(2 overlap + s) / (total + s) of each class, in (0, 1] (Milletari et al., 2016, with a linear denominator).
 
     The sums run over the whole batch, since a slice often lacks a class, and `smooth` (in pixels) makes a class
     absent from both a perfect match instead of 0 / 0.
     """
     overlap, total = sums
-    return 1.0 - (2.0 * overlap + smooth) / (total + smooth)
+    return (2.0 * overlap + smooth) / (total + smooth)
+
+
+def dice_loss(dice: jax.Array, form: str) -> jax.Array:
+    """The loss of a soft Dice, at least 0: `linear`, 1 - Dice, or `log`, -log Dice (Wong et al., 2018, exponent 1).
+
+    Near a Dice of 1 they are alike. The gradient of the second is 1 / Dice times that of the first, so a class is
+    not forgotten while it is hardly found yet: there its probability is so small that the first has none.
+    """
+    return -jnp.log(dice) if form == "log" else 1.0 - dice
 
 
 def squared_difference(probs: jax.Array, target: jax.Array) -> jax.Array:

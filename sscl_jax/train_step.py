@@ -184,6 +184,7 @@ def make_train_step(
     *,
     patch: tuple[int, ...],
     views: Views,
+    dice_form: str,
     contrast_options: Contrast,
     contrast_weight: Callable[[jax.Array], jax.Array] | None,
     consistency_weight: Callable[[jax.Array], jax.Array] | None,
@@ -201,6 +202,7 @@ def make_train_step(
       optimizer: moves the student.
       patch: size of a view, (H, W) or (D, H, W).
       views: how views are drawn.
+      dice_form: see `losses.dice_loss`.
       contrast_options: how pixels are contrasted.
       contrast_weight: w_con, a function of the step; likewise consistency and pseudo-label weight.
       pseudo_label_threshold: least confidence of a pseudo-label, in [0, 1].
@@ -239,7 +241,7 @@ def make_train_step(
         return jax.vmap(jax.random.fold_in, (None, 0))(key, place)
 
     def segmentation_loss(logits, labels, weight, term, metrics):
-        """This device's share of half cross-entropy, half soft Dice over the global batch, of the classes it holds.
+        """This device's share of half cross-entropy, half Dice loss over the global batch, of the classes it holds.
 
         And the least soft Dice of these classes, in [0, 1] and a constant: how well the class is known that is known
         least.
@@ -251,11 +253,11 @@ def make_train_step(
         # extinguishes a class that is slow to learn, or of which the teacher is not sure yet; cross-entropy does not.
         held = jnp.sum(jax.nn.one_hot(labels, num_classes) * weight[..., None], tuple(range(labels.ndim)))
         held = (global_sum(held) > 0).at[0].set(True)
-        by_class = losses.soft_dice_loss(global_sum(sums))
-        dice = jnp.average(by_class, weights=held.astype(jnp.float32))
+        by_class = losses.soft_dice(global_sum(sums))
+        dice = jnp.average(losses.dice_loss(by_class, dice_form), weights=held.astype(jnp.float32))
         metrics[f"{term}_ce"] = (global_sum(ce), pixels)
         metrics[f"{term}_dice"] = (dice, jnp.ones(()))
-        least = jax.lax.stop_gradient(1.0 - jnp.max(jnp.where(held, by_class, 0.0)))
+        least = jax.lax.stop_gradient(jnp.min(jnp.where(held, by_class, 1.0)))
         # Every device holds the whole Dice; the shares must add up to it once.
         return 0.5 * ce / pixels + 0.5 * dice / global_sum(1), least
 

@@ -278,7 +278,7 @@ def run_table(workdir, dice):
             numbers = ["nan"] * 4 if value is None else [value, value, 3.0, 1.0]
             writer.writerow(["teacher", case, case[0], name, *numbers, int(value is not None), 0])
             writer.writerow(["student", case, case[0], name, 0.2, 0.2, 9.0, 9.0, 1, 0])
-    config = {"method": workdir.name, "seed": 0, "data": {"labeled_patients": 2}}
+    config = {"method": workdir.name, "seed": 0, "steps": 40, "data": {"labeled_patients": 2}}
     (workdir / "config.json").write_text(json.dumps(config))
 
 
@@ -292,7 +292,11 @@ def test_comparison_by_hand(tmp_path):
     assert p == pytest.approx(1.0)
     table = compare.compare([tmp_path / "one", tmp_path / "two"], "val", "teacher")
     assert "70.00" in table and "75.00" in table and "n = 2" in table
+    assert table.endswith("[two, 2 labelled, 40 steps, seed 0]")
     with pytest.raises(FileNotFoundError, match="test_cases"):
+        compare.read_cases(tmp_path / "one", "test", "teacher")
+    (tmp_path / "one" / "test_cases.csv").write_text("patient,case,class,dice\na,a,x,0.5\n")
+    with pytest.raises(ValueError, match="test_cases.csv has no column assd_mm, counted, flagged"):
         compare.read_cases(tmp_path / "one", "test", "teacher")
 
 
