@@ -244,7 +244,7 @@ class TorchUNet(nn.Module):
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy, mean -log soft Dice of background and the classes of the batch, and the least Dice of these."""
+    """Cross-entropy, mean Dice loss of background and the classes of the batch, and the least Dice of these."""
     ce = (F.cross_entropy(logits, labels, reduction="none") * weight).mean()
     reference = F.one_hot(labels, CLASSES).movedim(-1, 1)
     probs, weight = logits.softmax(1), weight[:, None]
@@ -253,7 +253,8 @@ def segmentation_loss(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[T
     background = torch.arange(CLASSES, device=logits.device) == 0  # `held[0] = True` would make a GPU wait
     held = ((weight * reference).sum((0, 2, 3)) > 0) | background
     dice = (2 * overlap + 1) / (total + 1)
-    return ce, -(dice.log() * held).sum() / held.sum(), torch.where(held, dice, 1.0).min().detach()
+    loss = torch.where(dice > 0.5, 1 - dice, 0.5 - 0.5 * (2 * dice).log())
+    return ce, (loss * held).sum() / held.sum(), torch.where(held, dice, 1.0).min().detach()
 
 
 def draw(probs: Tensor, inside: Tensor, level: int, count: int, threshold: float) -> tuple[Tensor, Tensor, Tensor]:

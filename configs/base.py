@@ -42,7 +42,6 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.method = method  # name of the method, for tables
     config.seed = 0  # of initial weights, sample order, views and drawn pixels
     config.steps = 3000  # optimiser steps
-    config.dice_form = "log"  # of the Dice loss: log = -log Dice, by which no class is forgotten | linear = 1 - Dice
 
     config.data = ConfigDict()
     config.data.path = ""  # folder that a data_prep command wrote

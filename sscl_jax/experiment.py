@@ -93,7 +93,6 @@ def check_config(config: ConfigDict) -> None:
         "choose 'network' or 'encoder'",
     )
     require(0 <= config.teacher.decay < 1, "teacher.decay", "must lie in [0, 1)")
-    require(config.dice_form in ("log", "linear"), "dice_form", "choose 'log' or 'linear'")
     require(config.eval.select in ("teacher", "student"), "eval.select", "choose 'teacher' or 'student'")
     for field in ("overlap", "final_overlap"):
         require(0 <= config.eval[field] < 1, f"eval.{field}", "must lie in [0, 1)")
@@ -197,7 +196,6 @@ def make_step(config: ConfigDict, num_classes: int) -> Callable:
             make_optimizer(config),
             patch=tuple(config.data.patch_size),
             views=make_views(config),
-            dice_form=config.dice_form,
             contrast_options=train_step.Contrast(**{name: config.contrast[name] for name in fields}),
             contrast_weight=weights["contrast"],
             consistency_weight=weights["consistency"],

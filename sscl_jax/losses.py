@@ -47,13 +47,14 @@ def soft_dice(sums: jax.Array, smooth: float = 1.0) -> jax.Array:
     return (2.0 * overlap + smooth) / (total + smooth)
 
 
-def dice_loss(dice: jax.Array, form: str) -> jax.Array:
-    """The loss of a soft Dice, at least 0: `linear`, 1 - Dice, or `log`, -log Dice (Wong et al., 2018, exponent 1).
+def dice_loss(dice: jax.Array) -> jax.Array:
+    """1 - D of a soft Dice D above 1/2, (1 - log 2D) / 2 below: the logarithm goes on with value and slope.
 
-    Near a Dice of 1 they are alike. The gradient of the second is 1 / Dice times that of the first, so a class is
-    not forgotten while it is hardly found yet: there its probability is so small that the first has none.
+    The gradient of 1 - D goes with the probability of the class, so of a class that is hardly found there is next to
+    none, and it can stay forgotten. That of -log D (Wong et al., 2018) is 1 / D times as large. It is not taken for
+    the whole, since of the classes that are known it would weigh the worst most.
     """
-    return -jnp.log(dice) if form == "log" else 1.0 - dice
+    return jnp.where(dice > 0.5, 1.0 - dice, 0.5 - 0.5 * jnp.log(2.0 * dice))
 
 
 def squared_difference(probs: jax.Array, target: jax.Array) -> jax.Array:

@@ -184,7 +184,6 @@ def make_train_step(
     *,
     patch: tuple[int, ...],
     views: Views,
-    dice_form: str,
     contrast_options: Contrast,
     contrast_weight: Callable[[jax.Array], jax.Array] | None,
     consistency_weight: Callable[[jax.Array], jax.Array] | None,
@@ -202,7 +201,6 @@ def make_train_step(
       optimizer: moves the student.
       patch: size of a view, (H, W) or (D, H, W).
       views: how views are drawn.
-      dice_form: see `losses.dice_loss`.
       contrast_options: how pixels are contrasted.
       contrast_weight: w_con, a function of the step; likewise consistency and pseudo-label weight.
       pseudo_label_threshold: least confidence of a pseudo-label, in [0, 1].
@@ -254,7 +252,7 @@ def make_train_step(
         held = jnp.sum(jax.nn.one_hot(labels, num_classes) * weight[..., None], tuple(range(labels.ndim)))
         held = (global_sum(held) > 0).at[0].set(True)
         by_class = losses.soft_dice(global_sum(sums))
-        dice = jnp.average(losses.dice_loss(by_class, dice_form), weights=held.astype(jnp.float32))
+        dice = jnp.average(losses.dice_loss(by_class), weights=held.astype(jnp.float32))
         metrics[f"{term}_ce"] = (global_sum(ce), pixels)
         metrics[f"{term}_dice"] = (dice, jnp.ones(()))
         least = jax.lax.stop_gradient(jnp.min(jnp.where(held, by_class, 1.0)))

@@ -26,23 +26,32 @@ def test_soft_dice_by_hand():
     expected = np.array([(1.6 + 1) / (2.2 + 1), (1.2 + 1) / (1.8 + 1), 1.0])  # the third class is absent: no loss
     dice = losses.soft_dice(jnp.stack([overlap, total]))
     np.testing.assert_allclose(dice, expected, rtol=1e-5)
-    np.testing.assert_allclose(losses.dice_loss(dice, "linear"), 1 - expected, rtol=1e-5)
-    np.testing.assert_allclose(losses.dice_loss(dice, "log"), -np.log(expected), rtol=1e-5)
 
 
-def test_a_class_that_is_hardly_found_pulls_hard_only_in_the_log_form():
-    # A class of 100 pixels of 10,000, found with a probability of 1e-4 everywhere; the gradient to its own pixels.
+def test_dice_loss_by_hand():
+    dice = jnp.array([1.0, 0.75, 0.5, 0.25, 0.01])
+    expected = [0.0, 0.25, 0.5, 0.5 + 0.5 * np.log(2), 0.5 + 0.5 * np.log(50)]
+    np.testing.assert_allclose(losses.dice_loss(dice), expected, rtol=1e-6)
+    slopes = jax.vmap(jax.grad(losses.dice_loss))(dice)
+    np.testing.assert_allclose(slopes, [-1, -1, -1, -2, -50], rtol=1e-6)
+
+
+def test_a_class_that_is_hardly_found_pulls_as_one_that_is_half_known():
+    # A class of 100 pixels of 10,000, found with a probability of p there, of 1e-6 elsewhere.
     labels = jnp.arange(10_000) < 100
 
-    def loss(logits, form):
-        sums = losses.dice_sums(jax.nn.softmax(logits), labels.astype(int), jnp.ones(10_000))
-        return losses.dice_loss(losses.soft_dice(sums, smooth=0.0), form)[1]
+    def pull(p):
+        def loss(logits):
+            sums = losses.dice_sums(jax.nn.softmax(logits), labels.astype(int), jnp.ones(10_000))
+            return losses.dice_loss(losses.soft_dice(sums, smooth=0.0))[1]
 
-    logits = jnp.log(jnp.tile(jnp.array([1 - 1e-4, 1e-4]), (10_000, 1)))
-    pull = {form: jnp.sum(jax.grad(loss)(logits, form)[:100, 1]) for form in ("linear", "log")}
-    # By hand: Dice 2 o / (100 + 1), o = 100 p; of linear -2 o / 101 (1 - p) + ..., of log -(1 - p) + ...
-    np.testing.assert_allclose(pull["log"], -(1 - 1e-4) * (1 - 0.01 / 101), rtol=1e-4)
-    np.testing.assert_allclose(pull["log"] / pull["linear"], 101 / (2 * 0.01), rtol=1e-4)
+        probs = jnp.where(labels, p, 1e-6)
+        logits = jnp.log(jnp.stack([1 - probs, probs], -1))
+        return -jnp.sum(jax.grad(loss)(logits)[:100, 1])
+
+    # By hand, without the rest: D = 2p / (1 + p), dD/dp = 2 / (1 + p)^2, dp/dlogit = p (1 - p), dloss/dD = -1 / 2D.
+    for p in (1e-4, 1e-2, 0.3):
+        np.testing.assert_allclose(pull(p), (1 - p) / (2 * (1 + p)), rtol=0.02)
 
 
 def test_a_pixel_counts_in_soft_dice_by_its_weight():
@@ -52,15 +61,14 @@ def test_a_pixel_counts_in_soft_dice_by_its_weight():
     np.testing.assert_allclose(total, [0.5 * 1.75 + 0.25 * 0.5, 0.5 * 0.25 + 0.25 * 1.5], rtol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["linear", "log"])
 @pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_finite_for_extreme_logits(weight, form):
+def test_finite_for_extreme_logits(weight):
     logits = jnp.array([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]])
     labels = jnp.array([1, 2])
 
     def loss(logits):
         sums = losses.dice_sums(jax.nn.softmax(logits), labels, jnp.full(2, weight))
-        return jnp.sum(losses.cross_entropy(logits, labels)) + jnp.sum(losses.dice_loss(losses.soft_dice(sums), form))
+        return jnp.sum(losses.cross_entropy(logits, labels)) + jnp.sum(losses.dice_loss(losses.soft_dice(sums)))
 
     value, gradient = jax.value_and_grad(loss)(logits)
     assert np.isfinite(value) and np.isfinite(gradient).all()
