@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -229,20 +229,22 @@ def flat_config(config: ConfigDict) -> dict[str, Any]:
     return flat
 
 
-def check_same_training(config: ConfigDict, meta: dict[str, Any], fingerprint: str, workdir: Path) -> None:
-    """Refuses to go on with a training that had another config or other data.
+def check_same_training(
+    config: ConfigDict, meta: dict[str, Any], fingerprint: str, workdir: Path, free: Sequence[str] = FREE_FIELDS
+) -> None:
+    """Refuses to go on with a training that had another config, but for the fields `free`, or other data.
 
     Raises:
       ValueError: lists the fields that differ.
     """
     saved, wanted = flat_config(ConfigDict(meta["config"])), flat_config(config)
-    names = [n for n in sorted(saved.keys() | wanted.keys()) if n not in FREE_FIELDS]
+    names = [n for n in sorted(saved.keys() | wanted.keys()) if n not in free]
     differences = [f"{n} was {saved.get(n)!r}, is {wanted.get(n)!r}" for n in names if saved.get(n) != wanted.get(n)]
     if meta["fingerprint"] != fingerprint:
         differences.append("the prepared data are others")
     if differences:
         raise ValueError(
-            f"{workdir} holds a training with another config: {'; '.join(differences)}. Choose another --workdir, "
+            f"{workdir} holds a training with another config: {'; '.join(differences)}. Choose another folder, "
             "or the config it was started with."
         )
 

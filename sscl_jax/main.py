@@ -71,7 +71,7 @@ def find_config(word: str) -> str:
 
 def read_config(options: list[str]) -> ConfigDict:
     """The config that a command line means, without its other flags; ends as the command would where it means none."""
-    words, values = ["sscl_jax.main", *map(find_config, options)], flags.FlagValues()
+    words, values = ["sscl_jax.main", *options], flags.FlagValues()
     config = config_flags.DEFINE_config_file("config", None, "Config file.", values, sys_argv=words)
     _parse(words, values)
     return config.value

@@ -38,6 +38,8 @@ Fields = dict[str, str]  # config field -> value, as on the command line
 REPEATS = ("seed", "data.labeled_seed")
 # Fields that say what is to be learnt from: trainings that differ in one of them are not compared.
 TASK = (*REPEATS, "data.labeled_patients", "data.labeled_fraction", "data.path")
+# Fields that may differ in a training that has ended: no figure depends on them.
+FREE_FIELDS = ("data.path", "data.device_memory", "data.labeled_fraction", "log_every", "save_every", "eval.test")
 
 
 def read_option(text: str) -> tuple[str, list[str]]:
@@ -81,37 +83,24 @@ def options_of(config: str, fields: Fields) -> list[str]:
     return [f"--config={config}{method}", *options]
 
 
-def check_run(workdir: Path, options: list[str]) -> None:
-    """Refuses what could not be trained, and a folder in which another training has ended: its figures are not ours.
+def check_run(workdir: Path, options: list[str], split: str) -> None:
+    """Refuses what no training could start from, and a folder with the figures of another training than this one.
 
     Raises:
-      ValueError, OSError: as `train.open_data`; or lists the fields that differ.
+      ValueError, OSError: as `train.open_data`; or lists the fields that differ; or the folder cannot be read.
       SystemExit: there is no such config, method or field; says which.
     """
     config, dataset, _ = train.open_data(training.read_config(options))
-    if (workdir / "report.html").is_file():
+    if not (workdir / "report.html").is_file():
+        return
+    try:
         saved, facts = (json.loads((workdir / n).read_text(encoding="utf-8")) for n in ("config.json", "run.json"))
         meta = {"config": saved, "fingerprint": facts["fingerprint"]}
-        experiment.check_same_training(config, meta, dataset.fingerprint, workdir)
-
-
-def run_one(
-    options: list[str], workdir: Path, split: str, environment: dict[str, str], running: set[subprocess.Popen]
-) -> bool:
-    """Trains one config and measures `split`, with its log beside its folder; returns whether it ended well."""
-    if has_ended(workdir, split):
-        return True
-    print(f"{workdir.name} ...", flush=True)
-    command = [sys.executable, "-m", "sscl_jax.main", f"--workdir={workdir}", *options]
-    with open(f"{workdir}.log", "a", encoding="utf-8") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        running.add(process)
-        status = process.wait()
-        running.remove(process)
-    if status:
-        last = Path(log.name).read_text(encoding="utf-8").strip().splitlines()[-1:]
-        print(f"{workdir.name}: exit status {status}; {' '.join(last)} (all of it in {log.name})", flush=True)
-    return status == 0
+        if has_ended(workdir, split):
+            read_run(workdir, split)
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"{workdir} cannot be read ({error}): delete it, or choose another --output.") from error
+    experiment.check_same_training(config, meta, dataset.fingerprint, workdir, FREE_FIELDS)
 
 
 def has_ended(workdir: Path, split: str) -> bool:
@@ -189,6 +178,8 @@ def format_results(rows: Sequence[dict], split: str) -> str:
         gains = [row["dice"] - first[_task(row)]["dice"] for row in group if first[_task(row)] is not row]
         dice, *others = (spread([row[column] for row in group if column in row]) for column in columns)
         lines.append(f"| {name} | {len(group)} | {dice} | {spread(gains)} | {' | '.join(others)} |")
+    if len(revisions := dict.fromkeys(row["revision"] for row in rows)) > 1:
+        lines += ["", f"Trained at different revisions of the code: {', '.join(revisions)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -222,41 +213,72 @@ def main(argv: Sequence[str] | None = None) -> None:
             fixed["eval.test"] = "True"
         jax.config.update("jax_platforms", "cpu")  # the accelerators are for the trainings
         for fields in runs:
-            check_run(args.output / folder_name(fields), options_of(args.config, fixed | fields))
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        ends = _run_all(args, fixed, runs)
+            check_run(args.output / folder_name(fields), options_of(args.config, fixed | fields), args.split)
+        ends = run_all(args, fixed, runs)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before the first training
+        print("stopped", file=sys.stderr)
         sys.exit(130)
     if not all(ends):
         sys.exit(f"{ends.count(False)} of {len(ends)} trainings did not end well; the same command tries them again.")
 
 
-def _run_all(args: argparse.Namespace, fixed: Fields, runs: list[Fields]) -> list[bool]:
-    """Trains all, `args.jobs` at a time, and prints the table after each; stopped, it has them save."""
+def run_all(args: argparse.Namespace, fixed: Fields, runs: list[Fields]) -> list[bool]:
+    """Trains what has not ended, `args.jobs` at a time, each with a log beside its folder; prints the table after each.
+
+    At SIGINT or SIGTERM the trainings save and end, and so does this; at the second they are killed.
+
+    Returns:
+      Whether each ended well.
+    """
     # What the trainings share is compiled once.
     environment = {"JAX_COMPILATION_CACHE_DIR": str(args.output / "compiled")} | os.environ
     running: set[subprocess.Popen] = set()
+    stopped: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        for process in list(running):
+            (process.kill if stopped else process.terminate)()
+        stopped.append(number)
 
     def run(fields: Fields) -> bool:
+        workdir = args.output / folder_name(fields)
+        if has_ended(workdir, args.split):
+            return True
+        if stopped:
+            return False
+        print(f"{workdir.name} ...", flush=True)
         options = options_of(args.config, fixed | fields)
-        return run_one(options, args.output / folder_name(fields), args.split, environment, running)
+        command = [sys.executable, "-m", "sscl_jax.main", f"--workdir={workdir}", *options]
+        with open(f"{workdir}.log", "a", encoding="utf-8") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            running.add(process)
+            if stopped:  # while it started
+                process.terminate()
+            status = process.wait()
+            running.remove(process)
+        if status:
+            last = Path(log.name).read_text(encoding="utf-8").strip().splitlines()[-1:]
+            print(f"{workdir.name}: exit status {status}; {' '.join(last)} (all of it in {log.name})", flush=True)
+        return status == 0
 
     ends = []
-    with concurrent.futures.ThreadPoolExecutor(
-        args.jobs, initializer=_take_cores, initargs=(itertools.count(), args.jobs)
-    ) as pool:
-        try:
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with concurrent.futures.ThreadPoolExecutor(
+            args.jobs, initializer=_take_cores, initargs=(itertools.count(), args.jobs)
+        ) as pool:
             for end in pool.map(run, runs):
                 ends.append(end)
-                print(write_results(args.output, runs, args.split), flush=True)
-        except (KeyboardInterrupt, SystemExit):
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(running):
-                process.terminate()
-            print("stopped; the same command goes on.", file=sys.stderr, flush=True)
-            raise
+                if not stopped:
+                    print(write_results(args.output, runs, args.split), flush=True)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopped:
+        print("stopped; the same command goes on.", file=sys.stderr, flush=True)
+        sys.exit(128 + stopped[0])
     return ends
 
 

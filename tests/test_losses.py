@@ -36,22 +36,25 @@ def test_dice_loss_by_hand():
     np.testing.assert_allclose(slopes, [-1, -1, -1, -2, -50], rtol=1e-6)
 
 
-def test_a_class_that_is_hardly_found_pulls_as_one_that_is_half_known():
-    # A class of 100 pixels of 10,000, found with a probability of p there, of 1e-6 elsewhere.
-    labels = jnp.arange(10_000) < 100
+def test_a_class_that_is_hardly_found_still_pulls():
+    # A class of 1,000 pixels of 10,000, found with a probability of p there, of 1e-7 elsewhere.
+    labels = jnp.arange(10_000) < 1000
 
     def pull(p):
         def loss(logits):
             sums = losses.dice_sums(jax.nn.softmax(logits), labels.astype(int), jnp.ones(10_000))
-            return losses.dice_loss(losses.soft_dice(sums, smooth=0.0))[1]
+            return losses.dice_loss(losses.soft_dice(sums))[1]
 
-        probs = jnp.where(labels, p, 1e-6)
+        probs = jnp.where(labels, p, 1e-7)
         logits = jnp.log(jnp.stack([1 - probs, probs], -1))
-        return -jnp.sum(jax.grad(loss)(logits)[:100, 1])
+        return -jnp.sum(jax.grad(loss)(logits)[:1000, 1])
 
-    # By hand, without the rest: D = 2p / (1 + p), dD/dp = 2 / (1 + p)^2, dp/dlogit = p (1 - p), dloss/dD = -1 / 2D.
-    for p in (1e-4, 1e-2, 0.3):
-        np.testing.assert_allclose(pull(p), (1 - p) / (2 * (1 + p)), rtol=0.02)
+    # By hand, without the rest: D = (2o + 1) / (1001 + o) with o = 1000p, dloss/dD = -1 / 2D, dp/dlogit = p (1 - p).
+    for p in (1e-4, 1e-3, 1e-2, 0.3):
+        o = 1000 * p
+        expected = o * (1 - p) * (1 / (2 * o + 1) - 1 / (2 * (1001 + o)))
+        np.testing.assert_allclose(pull(p), expected, rtol=0.01)
+    assert pull(1e-2) > 0.4  # as of a class that is half known; of 1 - D it would be 0.02
 
 
 def test_a_pixel_counts_in_soft_dice_by_its_weight():

@@ -1,5 +1,7 @@
+import contextlib
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from sscl_jax import sweep
+from sscl_jax.checkpoint import Checkpoints
 
 
 def read_csv(path):
@@ -61,6 +64,8 @@ def test_table_by_hand():
         "| method=region, data.labeled_patients=3 | 2 | 84 ± 1 | 2 ± 1 | 4 ± 0 |  |  | 90 | 2 ± 0 |",
         "| method=region, data.labeled_patients=1 | 2 | 61.2 ± 0.25 | 11 | 4 ± 0 |  |  |  | 2 ± 0 |",
     ]
+    mixed = sweep.format_results([*rows, row("region", "8", "1", 60.0) | {"revision": "s"}], "test")
+    assert mixed.endswith("|\n\nTrained at different revisions of the code: r, s.\n")
 
 
 def command(phantom_data, output, *options):
@@ -111,6 +116,7 @@ def test_a_sweep_trains_what_has_not_ended_and_names_what_failed(phantom_data, t
     # Nothing is trained where one of the trainings could not be, or where a folder holds the figures of another.
     for option, message in (
         ("--set=optimizer.learning_rate=1", "holds a training with another config: optimizer.learning_rate was 0.002"),
+        ("--set=eval.final_overlap=0.25", "eval.final_overlap was 0.5, is 0.25. Choose another folder"),
         ("--set=nosuch=1", "the config has no field nosuch"),
         ("--vary=model.norm=none", "model.norm='none': choose 'group' or 'batch'"),
         ("--jobs=0", "--jobs=0: at least 1 training"),
@@ -119,19 +125,29 @@ def test_a_sweep_trains_what_has_not_ended_and_names_what_failed(phantom_data, t
             sweep.main(command(phantom_data, tmp_path, "--grid=method=supervised", option)[5:])
         told = str(refused.value.code)
         assert message in told and "\n" not in told
+    (tmp_path / "method=supervised" / "run.json").write_text('{"fingerprint": ')
+    with pytest.raises(SystemExit, match=r"method=supervised cannot be read \(.*delete it, or choose another --output"):
+        sweep.main(command(phantom_data, tmp_path, "--grid=method=supervised")[5:])
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_sweep_that_is_stopped_has_its_training_save(phantom_data, tmp_path, signum):
-    words = command(phantom_data, tmp_path, "--set=steps=100000", "--set=log_every=1", "--grid=method=supervised")
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "method=supervised" / "metrics.csv"
-    while not (metrics.is_file() and len(read_csv(metrics)) > 1):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    process.send_signal(signum)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum
+def test_a_sweep_that_is_stopped_has_its_trainings_save(phantom_data, tmp_path):
+    words = command(phantom_data, tmp_path, "--set=steps=5000", "--set=log_every=1", "--grid=seed=0,1,2", "--jobs=2")
+    words += ["--set=method=supervised"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        for metrics in (tmp_path / f"seed={seed}" / "metrics.csv" for seed in (0, 1)):
+            while not (metrics.is_file() and len(read_csv(metrics)) > 1):
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.1)
+        process.terminate()
+        out, err = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 128 + signal.SIGTERM
     assert err == "stopped; the same command goes on.\n"
-    assert "exit status 143; stopped by SIGTERM at step" in out
+    for seed in (0, 1):
+        saved = int(re.search(rf"seed={seed}: exit status 143; stopped by SIGTERM at step (\d+); saved", out)[1])
+        assert Checkpoints(tmp_path / f"seed={seed}", "last").newest()[0] == saved > 1
+    assert not (tmp_path / "seed=2").exists()
