@@ -136,10 +136,10 @@ def test_the_loss_falls_and_dice_rises(trained):
     assert [int(row["step"]) for row in rows] == list(range(10, 121, 10))
     assert [int(row["step"]) for row in rows if row["val_dice"]] == [40, 80, 120]
     supervised = [float(row["sup_ce"]) + float(row["sup_dice"]) for row in rows]
-    # With background as its prior the network does not start at chance, about 2, but after ten steps at about 1.
+    # With background as its prior cross-entropy does not start at chance, about 1, but Dice at next to nothing.
     assert supervised[-1] < 0.6 * supervised[0] and supervised[-1] < 0.65
     dice = [float(row["val_dice"]) for row in rows if row["val_dice"]]
-    assert dice == sorted(dice) and dice[-1] > max(0.25, dice[0] + 0.05)
+    assert dice == sorted(dice) and dice[-1] > max(0.43, dice[0] + 0.02)
     assert all(np.isfinite(float(value)) for row in rows for value in row.values() if value)
     assert float(rows[0]["weight_contrast"]) < float(rows[-1]["weight_contrast"]) == pytest.approx(0.03)
     assert set(summaries) == {"val"} and set(summaries["val"]) == {"student", "teacher"}
