@@ -243,7 +243,7 @@ class TorchUNet(nn.Module):
         return F.normalize(self.projector(taken.flatten(0, 1)), dim=-1)
 
 
-def segmentation_loss(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def segmentation_loss(logits: Tensor, labels: Tensor, weight: Tensor, rescuing: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy, mean Dice loss of background and the classes of the batch, and the least Dice of these."""
     ce = (F.cross_entropy(logits, labels, reduction="none") * weight).mean()
     reference = F.one_hot(labels, CLASSES).movedim(-1, 1)
@@ -253,7 +253,7 @@ def segmentation_loss(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[T
     background = torch.arange(CLASSES, device=logits.device) == 0  # `held[0] = True` would make a GPU wait
     held = ((weight * reference).sum((0, 2, 3)) > 0) | background
     dice = (2 * overlap + 1) / (total + 1)
-    loss = torch.where(dice > 0.5, 1 - dice, 0.5 - 0.5 * (2 * dice).log())
+    loss = torch.where(dice > 0.5, 1 - dice, 0.5 - 0.5 * (2 * dice).log()) if rescuing else 1 - dice
     return ce, (loss * held).sum() / held.sum(), torch.where(held, dice, 1.0).min().detach()
 
 
@@ -430,10 +430,12 @@ class TorchStep:
         options = config.contrast
         with self.precision():
             logits, features = self.student(self.layout(strong))
-        ce, dice, competence = segmentation_loss(logits[:number], labels, torch.ones_like(labels, dtype=torch.float32))
+        ce, dice, competence = segmentation_loss(
+            logits[:number], labels, torch.ones_like(labels, dtype=torch.float32), rescuing=True
+        )
         confidence, target = query_probs.max(1)
         sure = (confidence >= config.pseudo_label.threshold) & query_inside
-        pl_ce, pl_dice, _ = segmentation_loss(logits[number:], target, sure.float())
+        pl_ce, pl_dice, _ = segmentation_loss(logits[number:], target, sure.float(), rescuing=False)
 
         index, drawn, valid = draw(query_probs, query_inside, options.level, options.num_queries, options.threshold)
         queries = self.student.project(features[number:], index)

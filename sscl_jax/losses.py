@@ -48,13 +48,18 @@ def soft_dice(sums: jax.Array, smooth: float = 1.0) -> jax.Array:
 
 
 def dice_loss(dice: jax.Array) -> jax.Array:
-    """1 - D of a soft Dice D above 1/2, (1 - log 2D) / 2 below: the logarithm goes on with value and slope.
+    """1 - D of a soft Dice D."""
+    return 1.0 - dice
+
+
+def rescuing_dice_loss(dice: jax.Array) -> jax.Array:
+    """1 - D above 1/2, (1 - log 2D) / 2 below: the logarithm goes on with value and slope.
 
     The gradient of 1 - D goes with the probability of the class, so of a class that is hardly found there is next to
     none, and it can stay forgotten. That of -log D (Wong et al., 2018) is 1 / D times as large. It is not taken for
     the whole, since of the classes that are known it would weigh the worst most.
     """
-    return jnp.where(dice > 0.5, 1.0 - dice, 0.5 - 0.5 * jnp.log(2.0 * dice))
+    return jnp.where(dice > 0.5, dice_loss(dice), 0.5 - 0.5 * jnp.log(2.0 * dice))
 
 
 def squared_difference(probs: jax.Array, target: jax.Array) -> jax.Array:

@@ -238,7 +238,7 @@ def make_train_step(
         place = jax.lax.axis_index(axis_name) * local_batch + jnp.arange(local_batch)
         return jax.vmap(jax.random.fold_in, (None, 0))(key, place)
 
-    def segmentation_loss(logits, labels, weight, term, metrics):
+    def segmentation_loss(logits, labels, weight, dice_loss, term, metrics):
         """This device's share of half cross-entropy, half Dice loss over the global batch, of the classes it holds.
 
         And the least soft Dice of these classes, in [0, 1] and a constant: how well the class is known that is known
@@ -252,7 +252,7 @@ def make_train_step(
         held = jnp.sum(jax.nn.one_hot(labels, num_classes) * weight[..., None], tuple(range(labels.ndim)))
         held = (global_sum(held) > 0).at[0].set(True)
         by_class = losses.soft_dice(global_sum(sums))
-        dice = jnp.average(losses.dice_loss(by_class), weights=held.astype(jnp.float32))
+        dice = jnp.average(dice_loss(by_class), weights=held.astype(jnp.float32))
         metrics[f"{term}_ce"] = (global_sum(ce), pixels)
         metrics[f"{term}_dice"] = (dice, jnp.ones(()))
         least = jax.lax.stop_gradient(jnp.min(jnp.where(held, by_class, 1.0)))
@@ -336,13 +336,15 @@ def make_train_step(
             (logits, features), updated = apply(student, state.student_stats, images, True)
 
             ones = jnp.ones(labeled["label"].shape)
-            loss, competence = segmentation_loss(logits[:num_labeled], labeled["label"], ones, "sup", metrics)
+            loss, competence = segmentation_loss(
+                logits[:num_labeled], labeled["label"], ones, losses.rescuing_dice_loss, "sup", metrics
+            )
             if pseudo_label_weight:
                 confidence = jnp.max(mixed["probs"], -1)
                 sure = (confidence >= pseudo_label_threshold) & mixed["inside"]
                 target = jnp.argmax(mixed["probs"], -1)
                 sure_weight = sure.astype(jnp.float32)
-                term, _ = segmentation_loss(logits[num_labeled:], target, sure_weight, "pl", metrics)
+                term, _ = segmentation_loss(logits[num_labeled:], target, sure_weight, losses.dice_loss, "pl", metrics)
                 # The pixels of a class that is not known yet are, surely, taken for background.
                 if pseudo_label_competence:
                     term *= competence
