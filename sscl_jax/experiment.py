@@ -230,7 +230,12 @@ def flat_config(config: ConfigDict) -> dict[str, Any]:
 
 
 def check_same_training(
-    config: ConfigDict, meta: dict[str, Any], fingerprint: str, workdir: Path, free: Sequence[str] = FREE_FIELDS
+    config: ConfigDict,
+    meta: dict[str, Any],
+    fingerprint: str,
+    workdir: Path,
+    free: Sequence[str] = FREE_FIELDS,
+    option: str = "--workdir",
 ) -> None:
     """Refuses to go on with a training that had another config, but for the fields `free`, or other data.
 
@@ -244,7 +249,7 @@ def check_same_training(
         differences.append("the prepared data are others")
     if differences:
         raise ValueError(
-            f"{workdir} holds a training with another config: {'; '.join(differences)}. Choose another folder, "
+            f"{workdir} holds a training with another config: {'; '.join(differences)}. Choose another {option}, "
             "or the config it was started with."
         )
 

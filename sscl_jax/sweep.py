@@ -100,7 +100,7 @@ def check_run(workdir: Path, options: list[str], split: str) -> None:
             read_run(workdir, split)
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"{workdir} cannot be read ({error}): delete it, or choose another --output.") from error
-    experiment.check_same_training(config, meta, dataset.fingerprint, workdir, FREE_FIELDS)
+    experiment.check_same_training(config, meta, dataset.fingerprint, workdir, FREE_FIELDS, "--output")
 
 
 def has_ended(workdir: Path, split: str) -> bool:
