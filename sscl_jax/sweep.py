@@ -6,8 +6,9 @@ r"""Trains a grid of configs, and makes one table of them.
 
 --grid fields are crossed with one another; each value of --vary is one more config, in which that field alone differs,
 crossed with the grid. Here: 2 x 3 x 2 x (1 + 4) trainings. Each is the command line of `sscl_jax.main` in a folder of
-its own; one that has ended is not run again, so the same command goes on with a sweep that was stopped. After each,
-OUTPUT/results.csv has a row more, and OUTPUT/results.md the means over seeds and labelled patients.
+its own; one that has ended is not run again, so the same command goes on with a sweep that was stopped. All are
+checked before the first. After each, OUTPUT/results.csv has a row more, and OUTPUT/results.md the means over seeds
+and labelled patients.
 
 The figures are of val, by which to choose. With --split=test each training measures test too, and the table is of that.
 """
