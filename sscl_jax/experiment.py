@@ -20,18 +20,17 @@ from sscl_jax.train_state import TrainState, create_train_state
 
 NETWORKS = ("student", "teacher")
 
-# Fields that may differ when a training goes on: they decide what is shown and kept, not what is learnt.
-FREE_FIELDS = (
+# Fields on which no figure of a training depends.
+IDLE_FIELDS = (
     "data.path",
     "data.device_memory",
     "data.labeled_fraction",  # data.labeled_patients holds the number that it makes
     "log_every",
     "save_every",
-    "eval.every",
-    "eval.overlap",
-    "eval.final_overlap",
     "eval.test",
 )
+# Fields that may differ when a training goes on: they decide what is shown and kept, not what is learnt.
+FREE_FIELDS = (*IDLE_FIELDS, "eval.every", "eval.overlap", "eval.final_overlap")
 
 
 def check_config(config: ConfigDict) -> None:

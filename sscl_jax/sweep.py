@@ -30,7 +30,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sscl_jax import cli, compare, experiment, train
+from sscl_jax import cli, compare, experiment, report, train
 from sscl_jax import main as training
 
 Fields = dict[str, str]  # config field -> value, as on the command line
@@ -39,8 +39,6 @@ Fields = dict[str, str]  # config field -> value, as on the command line
 REPEATS = ("seed", "data.labeled_seed")
 # Fields that say what is to be learnt from: trainings that differ in one of them are not compared.
 TASK = (*REPEATS, "data.labeled_patients", "data.labeled_fraction", "data.path")
-# Fields that may differ in a training that has ended: no figure depends on them.
-FREE_FIELDS = ("data.path", "data.device_memory", "data.labeled_fraction", "log_every", "save_every", "eval.test")
 
 
 def read_option(text: str) -> tuple[str, list[str]]:
@@ -84,7 +82,7 @@ def options_of(config: str, fields: Fields) -> list[str]:
     return [f"--config={config}{method}", *options]
 
 
-def check_run(workdir: Path, options: list[str], split: str) -> None:
+def check_run(workdir: Path, options: list[str]) -> None:
     """Refuses what no training could start from, and a folder with the figures of another training than this one.
 
     Raises:
@@ -95,13 +93,11 @@ def check_run(workdir: Path, options: list[str], split: str) -> None:
     if not (workdir / "report.html").is_file():
         return
     try:
-        saved, facts = (json.loads((workdir / n).read_text(encoding="utf-8")) for n in ("config.json", "run.json"))
-        meta = {"config": saved, "fingerprint": facts["fingerprint"]}
-        if has_ended(workdir, split):
-            read_run(workdir, split)
+        left = report.read_run(workdir)
+        meta = {"config": left.config, "fingerprint": left.run["fingerprint"]}
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"{workdir} cannot be read ({error}): delete it, or choose another --output.") from error
-    experiment.check_same_training(config, meta, dataset.fingerprint, workdir, FREE_FIELDS, "--output")
+    experiment.check_same_training(config, meta, dataset.fingerprint, workdir, experiment.IDLE_FIELDS, "--output")
 
 
 def has_ended(workdir: Path, split: str) -> bool:
@@ -214,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             fixed["eval.test"] = "True"
         jax.config.update("jax_platforms", "cpu")  # the accelerators are for the trainings
         for fields in runs:
-            check_run(args.output / folder_name(fields), options_of(args.config, fixed | fields), args.split)
+            check_run(args.output / folder_name(fields), options_of(args.config, fixed | fields))
         ends = run_all(args, fixed, runs)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
