@@ -336,7 +336,7 @@ def examine(
     folder: Path | None = None,
     workers: Workers = 0,
 ) -> list[CaseFacts]:
-    """Checks all cases, in parallel; that all images have as many channels, and that none comes twice.
+    """Checks all cases, in parallel; that all images have as many channels, and that none is in two splits.
 
     Args:
       sources: the cases.
@@ -358,7 +358,7 @@ def examine(
                 "complete the image or remove it"
             )
             facts[number] = replace(fact, problems=[*fact.problems, line])
-    _warn_of_doubles(sources, facts)
+    _tell_doubles(sources, facts)
     return facts
 
 
@@ -383,18 +383,20 @@ def _facts(case: tuple[CaseSource, Sequence[int] | None, Path | None]) -> CaseFa
     return facts
 
 
-def _warn_of_doubles(sources: Sequence[CaseSource], facts: Sequence[CaseFacts]) -> None:
-    """Adds to the warnings of each case what it shares with one before it: voxels, mask, or name but for its case."""
+def _tell_doubles(sources: Sequence[CaseSource], facts: Sequence[CaseFacts]) -> None:
+    """Adds to the findings of each case what it shares with one before it: voxels, mask, or name but for its case."""
     voxels: dict[str, CaseSource] = {}
     masks: dict[Path, CaseSource] = {}
     patients: dict[str, CaseSource] = {}
-    for source, fact in zip(sources, facts, strict=True):
+    # Cases in no split last, so that each in a split is held against the others in splits.
+    for source, fact in sorted(zip(sources, facts, strict=True), key=lambda case: case[0].split not in SPLITS):
         image = source.image_paths[0]
         if fact.digest and (other := voxels.setdefault(fact.digest, source)) is not source:
-            fact.warnings.append(
-                f"{image} ({source.split}): has the voxels of {other.image_paths[0]} ({other.split}): "
-                "one scan under two names flatters what is measured, remove one"
-            )
+            line = f"{image} ({source.split}): has the voxels of {other.image_paths[0]} ({other.split}): "
+            if source.split == other.split or source.split not in SPLITS:
+                fact.warnings.append(f"{line}one scan under two names flatters what is measured, remove one")
+            else:  # what is measured on it would be worth nothing
+                fact.problems.append(f"{line}leave one of them out, or put both patients into one split")
         if source.label_path and (other := masks.setdefault(source.label_path, source)) is not source:
             fact.warnings.append(
                 f"{source.label_path}: is the mask of {image} and of {other.image_paths[0]}: correct one"

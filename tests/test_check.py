@@ -256,6 +256,21 @@ def test_one_scan_under_two_names_is_told(tmp_path, capsys):
     assert status == 0 and "c.nii.gz (all): has the voxels of" in line and "a.nii.gz (all)" in line
 
 
+def test_one_scan_in_two_splits_is_refused(acdc_folder, tmp_path, capsys):
+    at = acdc_folder / "training"
+    trained = at / "patient001/patient001_frame01.nii.gz"
+    write(at / "patient003/patient003_frame01.nii.gz", image(0))  # that of patient001, stored anew
+    write(at / "patient009/patient009_frame01.nii.gz", image(0))  # of no split: nothing is measured on it
+    lines, status = checked(acdc_folder, capsys)
+    (line,) = [line for line in lines if line.startswith("error")]
+    assert status == 1 and f"patient003_frame01.nii.gz (test): has the voxels of {trained} (train)" in line
+    assert [line for line in lines if "patient009_frame01.nii.gz (none): has the voxels" in line]
+    with pytest.raises(common.Problems, match="leave one of them out, or put both patients into one split"):
+        acdc.prepare(acdc_folder, tmp_path / "out")
+    dataset = acdc.prepare(acdc_folder, tmp_path / "out", skip_bad=True)
+    assert [case.patient_id for case in dataset.cases] == ["patient001", "patient002"]
+
+
 def test_endings_in_capitals(tmp_path, capsys):
     base = write_pairs(tmp_path, ["a", "b"])
     (base / "images" / "a.nii.gz").rename(base / "images" / "a.NII.GZ")

@@ -274,6 +274,7 @@ def test_chaos_draws_patients_with_masks(chaos_mr, tmp_path):
     at = chaos_mr / "Train_Sets" / "MR"
     for n in range(30, 42):
         shutil.copytree(at / "1", at / str(n))
+        chaos_series(at / str(n) / "T2SPIR" / "DICOM_anon", image_of(n))
     dataset = chaos.prepare(chaos_mr, tmp_path / "out", "t2")
     assert dataset.patients["val"] and dataset.patients["test"] and "4" in dataset.patients["train"]
     assert sum(map(len, dataset.patients.values())) == 16
