@@ -13,6 +13,9 @@ The two frames of a patient are those that its Info.cfg calls ED and ES. A frame
 file becomes an unlabelled case. The split is by patient; the packaged one is the conventional 70,
 10 and 20 of the 100 training patients (an INPUT that brings its own `splits.json` along is split by
 that). Patients of `testing/` take part only where the split file lists them.
+
+`--splits=data_prep/splits/acdc_held_out.json` holds 19 of the 70 out as test: the last 20 of its list, but for
+patient076, whose scans are those of patient074.
 """
 
 from collections.abc import Iterable

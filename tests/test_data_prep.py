@@ -186,6 +186,21 @@ def test_packaged_split_is_the_conventional_one():
         assert len(subset) == int(count)
 
 
+def test_held_out_patients_are_of_the_conventional_train():
+    held_out = json.loads((acdc.PACKAGED_SPLITS.parent / "acdc_held_out.json").read_text())
+    patients = common.read_splits(acdc.PACKAGED_SPLITS)
+    assert held_out["train"] == patients["train"][:50] and held_out["val"] == patients["val"]
+    assert held_out["test"] == [patient for patient in patients["train"][50:] if patient != "patient076"]
+
+
+@pytest.mark.skipif(not REAL_ACDC.is_dir(), reason=f"the real scans are not at {REAL_ACDC}")
+def test_a_scan_that_is_in_real_acdc_twice_is_in_one_split(tmp_path):
+    (tmp_path / "splits.json").write_text(json.dumps({"train": ["patient074"], "test": ["patient076"]}))
+    with pytest.raises(common.Problems) as caught:
+        acdc.prepare(REAL_ACDC, tmp_path / "out", tmp_path / "splits.json")
+    assert len(caught.value.lines) == 2 and all("patient076" in line for line in caught.value.lines)
+
+
 @pytest.mark.skipif(not REAL_ACDC.is_dir(), reason=f"the real scans are not at {REAL_ACDC}")
 def test_real_acdc(tmp_path):
     splits = {"train": ["patient090"], "val": ["patient028"]}
