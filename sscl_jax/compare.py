@@ -1,11 +1,15 @@
 """Puts trainings side by side, by patient.
 
     python -m sscl_jax.compare runs/acdc_supervised runs/acdc [--split=val] [--network=teacher]
+    python -m sscl_jax.compare 'runs/supervised_seed?' 'runs/acdc_seed?'
 
-The first is the one that the others are compared with, in paired differences over the same patients.
+The first is the one that the others are compared with, in paired differences over the same patients. A pattern, in
+quotes, stands for repeats of one training, with other seeds or labelled patients: its figures are means over them, and
+a patient's difference is the mean of those that the pairs of repeats have, first with first, in the order of names.
 """
 
 import csv
+import glob
 import json
 import math
 import sys
@@ -87,12 +91,12 @@ def class_mean(rows: Rows, name: str) -> float:
     return float(np.mean(means)) if means else math.nan
 
 
-def paired(a: Rows, b: Rows) -> tuple[float, float, int, float]:
-    """Difference b - a of the mean Dice of each patient: mean, standard deviation, n, Wilcoxon signed-rank p.
+def differences(a: Rows, b: Rows) -> dict[str, float]:
+    """Difference b - a of the mean Dice of each patient.
 
     Volumes of one patient are alike: taken for independent ones they would make p too small. So a patient counts once,
     with the mean over its cases. Which classes count depends on the prediction too, so each case is compared over the
-    classes that count in both; a patient without any is left out of n.
+    classes that count in both; a patient without any is left out.
 
     Raises:
       ValueError: the two were not measured on the same cases and classes, or share none that counts.
@@ -100,48 +104,101 @@ def paired(a: Rows, b: Rows) -> tuple[float, float, int, float]:
     if a.keys() != b.keys():
         raise ValueError("the trainings were not measured on the same cases: their splits differ.")
     patient_of = {key.case: key.patient for key in a}
-    differences: Rows = {key: {"dice": b[key]["dice"] - row["dice"]} for key, row in a.items()}
+    by_class: Rows = {key: {"dice": b[key]["dice"] - row["dice"]} for key, row in a.items()}
     patients: dict[str, list[float]] = {}
-    for case, mean in case_means(differences, "dice").items():
+    for case, mean in case_means(by_class, "dice").items():
         patients.setdefault(patient_of[case], []).append(mean)
     if not patients:
         raise ValueError("the trainings have no case with a class that counts in both.")
-    d = np.array([np.mean(values) for values in patients.values()])
+    return {patient: float(np.mean(values)) for patient, values in patients.items()}
+
+
+def paired(before: Sequence[Rows], after: Sequence[Rows]) -> tuple[float, float, int, float]:
+    """`differences` of each patient, the mean over repeats: mean, standard deviation, n, Wilcoxon signed-rank p.
+
+    A patient who is left out of one repeat is left out of n.
+
+    Raises:
+      ValueError: as `differences`; or no patient is in all repeats.
+    """
+    found = [differences(a, b) for a, b in zip(before, after, strict=True)]
+    patients = [patient for patient in found[0] if all(patient in each for each in found)]
+    if not patients:
+        raise ValueError("no patient has, in each repeat, a class that counts in both trainings.")
+    d = np.array([np.mean([each[patient] for each in found]) for patient in patients])
     p = float(stats.wilcoxon(d).pvalue) if len(d) > 1 and np.any(d != 0) else math.nan
     return float(d.mean()), float(d.std()), len(d), p
 
 
-def compare(workdirs: Sequence[Path], split: str, network: str) -> str:
-    """The table as text."""
-    runs = [read_cases(workdir, split, network) for workdir in workdirs]
-    classes = list(dict.fromkeys(key.label for key in runs[0]))
-    width = max(len(str(workdir)) for workdir in workdirs)
+def repeats(training: str | Path) -> tuple[list[Path], str, list[tuple[int, int]]]:
+    """The folders of a training, or of all that a pattern stands for; what they are; and their seeds.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      ValueError: they differ in method, number of labelled patients or steps.
+    """
+    folders = [Path(training)]
+    if not folders[0].is_dir():
+        folders = sorted(path for path in map(Path, glob.glob(str(training))) if path.is_dir())
+    if not folders:
+        raise FileNotFoundError(f"{training}: there is no such folder.")
+    configs = [json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in folders]
+    kinds = [f"{c['method']}, {c['data']['labeled_patients']} labelled, {c['steps']} steps" for c in configs]
+    for folder, kind in zip(folders, kinds, strict=True):
+        if kind != kinds[0]:
+            raise ValueError(f"{training}: {folders[0]} is {kinds[0]}, {folder} {kind}; name repeats of one training.")
+    return folders, kinds[0], [(c["seed"], c["data"]["labeled_seed"]) for c in configs]
+
+
+def compare(trainings: Sequence[str | Path], split: str, network: str) -> str:
+    """The table as text.
+
+    Args:
+      trainings: the --workdir of each, or a pattern for its repeats.
+
+    Raises:
+      FileNotFoundError, ValueError: as `repeats`, `read_cases`, `paired`; or repeats have other seeds than the first's.
+    """
+    found = [repeats(training) for training in trainings]
+    runs = [[read_cases(folder, split, network) for folder in folders] for folders, _, _ in found]
+    classes = list(dict.fromkeys(key.label for key in runs[0][0]))
+    width = max(len(str(training)) for training in trainings)
     header = ["Dice %", *classes, "HD95 mm", "difference to the first, by patient (Wilcoxon p)"]
     lines = [f"{split}, {network}", f"{'':{width}}  " + "  ".join(f"{h:>10}" for h in header)]
-    for workdir, rows in zip(workdirs, runs, strict=True):
-        config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-        cells = [100 * class_mean(rows, "dice")]
-        means = class_means(rows, "dice")
-        cells += [100 * means.get(each, math.nan) for each in classes]
-        cells.append(class_mean(rows, "hd95_mm"))
+    for training, (_, kind, seeds), tables in zip(trainings, found, runs, strict=True):
+        means = [class_means(rows, "dice") for rows in tables]
+        cells = [100 * np.mean([class_mean(rows, "dice") for rows in tables])]
+        cells += [100 * np.mean([mean.get(each, math.nan) for mean in means]) for each in classes]
+        cells.append(np.mean([class_mean(rows, "hd95_mm") for rows in tables]))
         text = "  ".join(f"{cell:{max(10, len(h))}.2f}" for cell, h in zip(cells, header, strict=False))
-        if rows is not runs[0]:
-            mean, std, n, p = paired(runs[0], rows)
+        if tables is not runs[0]:
+            if len(seeds) != len(runs[0]) or (len(seeds) > 1 and seeds != found[0][2]):
+                raise ValueError(
+                    f"seed and data.labeled_seed are {seeds} in {training} and {found[0][2]} in {trainings[0]}: "
+                    "name as many repeats of each, with the same seeds."
+                )
+            mean, std, n, p = paired(runs[0], tables)
             text += f"  {100 * mean:+.2f} ± {100 * std:.2f}, n = {n}, p = {p:.2g}"
-        training = f"{config['method']}, {config['data']['labeled_patients']} labelled, {config['steps']} steps"
-        lines.append(f"{str(workdir):{width}}  {text}   [{training}, seed {config['seed']}]")
+            if len(tables) > 1:
+                each = (100 * paired([a], [b])[0] for a, b in zip(runs[0], tables, strict=True))
+                text += f" ({', '.join(f'{gain:+.2f}' for gain in each)})"
+        lines.append(f"{training!s:{width}}  {text}   [{kind}, seed {', '.join(str(seed) for seed, _ in seeds)}]")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m sscl_jax.compare`."""
     parser = cli.make_parser("sscl_jax.compare", __doc__)
-    parser.add_argument("workdirs", nargs="+", type=Path, help="--workdir of two or more trainings that have ended")
+    parser.add_argument(
+        "trainings",
+        nargs="+",
+        help="--workdir of two or more trainings that have ended, or a pattern for repeats of one",
+    )
     parser.add_argument("--split", default="val", choices=["val", "test"], help="default: val")
     parser.add_argument("--network", default="teacher", choices=["teacher", "student"], help="default: teacher")
     args = cli.parse(parser, argv)
     try:
-        print(compare(args.workdirs, args.split, args.network))
+        print(compare(args.trainings, args.split, args.network))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

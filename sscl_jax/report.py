@@ -215,7 +215,7 @@ def _comparison(run: Run, others: Sequence[Run]) -> list[str]:
             cells += [other.config["seed"], f"{100 * compare.class_mean(rows, 'dice'):.2f}"]
             cells.append(f"{compare.class_mean(rows, 'hd95_mm'):.2f}")
             if other is not run:
-                mean, std, n, p = compare.paired(rows, tables["teacher"])
+                mean, std, n, p = compare.paired([rows], [tables["teacher"]])
                 cells += [f"{100 * mean:+.2f} ± {100 * std:.2f}", n, f"{p:.2g}"]
             lines.append([str(cell) for cell in cells])
         header = ["training", "method", "labelled", "seed", "Dice %", "HD95 mm", "this one minus that one", "n", "p"]

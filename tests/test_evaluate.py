@@ -278,7 +278,9 @@ def run_table(workdir, dice):
             numbers = ["nan"] * 4 if value is None else [value, value, 3.0, 1.0]
             writer.writerow(["teacher", case, case[0], name, *numbers, int(value is not None), 0])
             writer.writerow(["student", case, case[0], name, 0.2, 0.2, 9.0, 9.0, 1, 0])
-    config = {"method": workdir.name, "seed": 0, "steps": 40, "data": {"labeled_patients": 2}}
+    method, _, seed = workdir.name.partition("-")
+    data = {"labeled_patients": 2, "labeled_seed": int(seed or 0)}
+    config = {"method": method, "seed": int(seed or 0), "steps": 40, "data": data}
     (workdir / "config.json").write_text(json.dumps(config))
 
 
@@ -287,7 +289,7 @@ def test_comparison_by_hand(tmp_path):
     run_table(tmp_path / "two", {("a", "x"): 0.6, ("a", "y"): 0.8, ("b", "x"): 0.8, ("b", "y"): None})
     one, two = (compare.read_cases(tmp_path / name, "val", "teacher") for name in ("one", "two"))
     assert compare.class_mean(one, "dice") == pytest.approx((0.7 + 0.7) / 2)
-    mean, std, n, p = compare.paired(one, two)
+    mean, std, n, p = compare.paired([one], [two])
     assert (mean, std, n) == (pytest.approx(0.0), pytest.approx(0.1), 2)
     assert p == pytest.approx(1.0)
     table = compare.compare([tmp_path / "one", tmp_path / "two"], "val", "teacher")
@@ -304,13 +306,42 @@ def test_pairs_are_compared_by_case_where_both_count(tmp_path):
     run_table(tmp_path / "one", {("a", "x"): 0.5, ("a", "y"): 0.7, ("b", "x"): 0.9, ("b", "y"): 0.1, ("c", "x"): 0.4})
     run_table(tmp_path / "two", {("a", "x"): 0.6, ("a", "y"): 0.9, ("b", "x"): 0.8, ("b", "y"): None, ("c", "x"): 0.8})
     one, two = (compare.read_cases(tmp_path / name, "val", "teacher") for name in ("one", "two"))
-    mean, std, n, p = compare.paired(one, two)
+    mean, std, n, p = compare.paired([one], [two])
     differences = [0.15, -0.1, 0.4]  # ranks 2, 1, 3: W = 1, which or less come of 2 of the 8 signs, on two sides
     assert (mean, std, n) == (pytest.approx(np.mean(differences)), pytest.approx(np.std(differences)), 3)
     assert p == pytest.approx(2 * 2 / 8)
-    assert np.isnan(compare.paired(one, one)[3])
+    assert np.isnan(compare.paired([one], [one])[3])
     with pytest.raises(ValueError, match="not measured on the same cases"):
-        compare.paired(one, {key: row for key, row in two.items() if key.case != "c"})
+        compare.paired([one], [{key: row for key, row in two.items() if key.case != "c"}])
+
+
+def test_repeats_are_averaged_by_patient(tmp_path):
+    for name, values in {
+        "one-0": (0.5, 0.9, 0.4),
+        "one-1": (0.6, 0.7, 0.2),
+        "two-0": (0.8, 0.8, 0.5),
+        "two-1": (0.7, 0.9, 0.3),
+        "three-0": (0.8, 0.8, None),
+        "three-1": (0.7, 0.9, 0.3),
+    }.items():
+        run_table(tmp_path / name, {(case, "x"): value for case, value in zip("abc", values, strict=True)})
+    one, two, three = (str(tmp_path / f"{name}-?") for name in ("one", "two", "three"))
+    first, second, third = compare.compare([one, two, three], "val", "teacher").splitlines()[2:]
+    assert first.split()[1] == "55.00" and second.split()[1] == "66.67"
+    gains = 100 * np.array([(0.3 + 0.1) / 2, (-0.1 + 0.2) / 2, (0.1 + 0.1) / 2])  # all of one sign: p = 2 / 8
+    assert f"{gains.mean():+.2f} ± {gains.std():.2f}, n = 3, p = 0.25 (+10.00, +13.33)" in second
+    assert second.endswith("[two, 2 labelled, 40 steps, seed 0, 1]")
+    assert "+12.50 ± 7.50, n = 2" in third  # c counts in one pair only
+    with pytest.raises(ValueError, match=r"are \[\(1, 1\)\] in .*two-1 and \[\(0, 0\), \(1, 1\)\] in .*one-"):
+        compare.compare([one, tmp_path / "two-1"], "val", "teacher")
+    (tmp_path / "two-1").rename(tmp_path / "other")
+    run_table(tmp_path / "two-2", {(case, "x"): 0.5 for case in "abc"})
+    with pytest.raises(ValueError, match=r"are \[\(0, 0\), \(2, 2\)\] in .*two-. and"):
+        compare.compare([one, two], "val", "teacher")
+    with pytest.raises(ValueError, match=r"one-0 is one, 2 labelled, 40 steps, .*three-0 three, 2 labelled"):
+        compare.compare([str(tmp_path / "*-0")], "val", "teacher")
+    with pytest.raises(FileNotFoundError, match="four-.: there is no such folder"):
+        compare.compare([str(tmp_path / "four-?")], "val", "teacher")
 
 
 def test_volumes_of_one_patient_count_as_one(tmp_path):
@@ -319,7 +350,7 @@ def test_volumes_of_one_patient_count_as_one(tmp_path):
     run_table(tmp_path / "one", before)
     run_table(tmp_path / "two", after)
     one, two = (compare.read_cases(tmp_path / name, "val", "teacher") for name in ("one", "two"))
-    mean, std, n, p = compare.paired(one, two)
+    mean, std, n, p = compare.paired([one], [two])
     # Cases: a1 (0.1 + 0.2) / 2, a2 0.3, b1 -0.1; patients: a (0.15 + 0.3) / 2, b -0.1. Two of opposite sign: p = 1.
     assert (mean, std, n) == (pytest.approx((0.225 - 0.1) / 2), pytest.approx((0.225 + 0.1) / 2), 2)
     assert p == pytest.approx(1.0)
@@ -330,13 +361,13 @@ def test_what_counts_in_one_training_only_is_no_difference_of_splits(tmp_path):
     run_table(tmp_path / "two", {("a", "x"): None, ("a", "y"): 0.8, ("b", "x"): 0.8, ("b", "y"): None})
     run_table(tmp_path / "none", {("a", "x"): None, ("a", "y"): 0.8, ("b", "x"): None, ("b", "y"): None})
     one, two, none = (compare.read_cases(tmp_path / name, "val", "teacher") for name in ("one", "two", "none"))
-    mean, _, n, p = compare.paired(one, two)  # only class x of case b counts in both
+    mean, _, n, p = compare.paired([one], [two])  # only class x of case b counts in both
     assert (mean, n) == (pytest.approx(-0.1), 1) and np.isnan(p)
     assert compare.class_means(two, "dice") == pytest.approx({"x": 0.8, "y": 0.8})
     assert compare.class_mean(none, "dice") == pytest.approx(0.8)  # class x counts nowhere
     assert "nan" in compare.compare([tmp_path / "two", tmp_path / "none"], "val", "teacher").splitlines()[-1]
     with pytest.raises(ValueError, match="no case with a class that counts in both"):
-        compare.paired(one, none)
+        compare.paired([one], [none])
 
 
 def test_case_table_goes_out_and_in(tmp_path):
