@@ -93,6 +93,8 @@ def check_prepared(path: Path) -> Findings:
     checked = map_ahead(functools.partial(_prepared_facts, dataset), dataset.cases)
     facts = list(tqdm(checked, "checking", len(dataset.cases), unit=" cases", disable=None))
     cases = [(case.split, case.patient_id, case.source, case.has_label) for case in dataset.cases]
+    sources = [CaseSource(c.case_id, c.patient_id, c.split, (Path(c.source),)) for c in dataset.cases]
+    common.tell_doubles(sources, facts)
     names = dict(zip(dataset.recipe.label_values, dataset.recipe.class_names, strict=True))
     skipped = [f"left out when it was prepared: {line}" for line in dataset.skipped]
     return Findings("prepared dataset", cases, facts, names, [], skipped)
@@ -102,7 +104,8 @@ def _prepared_facts(dataset: PreparedDataset, case: Case) -> CaseFacts:
     """Reads one case of a prepared dataset."""
     problems, values = [], frozenset[int]()
     where = f"{dataset.path}, case {case.case_id}"
-    if not np.isfinite(dataset.image(case.index)).all():
+    image = dataset.image(case.index)
+    if not np.isfinite(image).all():
         problems.append(f"{where}: its image has voxels that are not finite: prepare again")
     if case.has_label:
         native, label = dataset.native_label(case.index), dataset.label(case.index)
@@ -110,7 +113,8 @@ def _prepared_facts(dataset: PreparedDataset, case: Case) -> CaseFacts:
             problems.append(f"{where}: its label has a class beyond {dataset.num_classes - 1}: prepare again")
         else:
             values = frozenset(dataset.recipe.label_values[c] for c in np.unique(native))
-    return CaseFacts(problems, [], dataset.channels, values, case.grid.native_spacing)
+    digest = common.digest_of(image, np.eye(4))
+    return CaseFacts(problems, [], dataset.channels, values, case.grid.native_spacing, digest)
 
 
 def check_acdc(path: Path) -> Findings:
@@ -133,7 +137,7 @@ def check_msd(path: Path) -> Findings:
     channels, _, wrong = msd.read_modality(content, path / "dataset.json", None)
     sources, unpaired = msd.list_sources(path, content, channels)
     if (path / "splits.json").is_file():
-        sources = common.put_into_splits(sources, common.read_splits(path / "splits.json"), "none")
+        sources = common.put_into_splits(sources, folder.read_splits(sources, path / "splits.json"), "none")
     problems += more + wrong + unpaired
     return check_sources("Medical Segmentation Decathlon", sources, names or None, problems, [])
 

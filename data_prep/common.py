@@ -215,7 +215,7 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
             if part.min() == part.max():
                 which = f" of channel {channel}" if channels > 1 else ""
                 problems.append(f"{name}: every voxel{which} is {part.flat[0]:g}: replace or remove the file")
-        digest, lowest = _digest(array), float(array.min())
+        digest, lowest = digest_of(array, affine), float(array.min())
         del array
     except (ValueError, OSError) as error:
         problems.append(_with_name(name, error))
@@ -226,7 +226,7 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
             values = frozenset(np.unique(label).tolist())
             warned += _label_warnings(source.label_path, values)
             problems += _label_problems(source, label.shape, label_affine, shape, affine)
-            if digest and _digest(label[..., None].astype(np.float32)) == digest:
+            if digest and affine is not None and digest_of(label[..., None].astype(np.float32), affine) == digest:
                 problems.append(
                     f"{source.label_path}: has the voxels of its image {name}: replace the one that is wrong"
                 )
@@ -242,8 +242,13 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
     return CaseFacts(problems, warned, channels, values, spacing, digest, lowest)
 
 
-def _digest(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array.T).data).hexdigest()
+def digest_of(array: np.ndarray, affine: np.ndarray) -> str:
+    """The same for images (X, Y, Z, C) of the same values, however their axes are turned and mirrored."""
+    turned = nibabel.apply_orientation(array, nibabel.io_orientation(affine))
+    values = np.add(turned.T, 0, order="C")  # 0 and -0 are one value
+    digest = hashlib.sha256(repr(values.shape).encode())
+    digest.update(values.data)
+    return digest.hexdigest()
 
 
 def _image_warnings(path: Path, array: np.ndarray, affine: np.ndarray) -> list[str]:
@@ -358,7 +363,7 @@ def examine(
                 "complete the image or remove it"
             )
             facts[number] = replace(fact, problems=[*fact.problems, line])
-    _tell_doubles(sources, facts)
+    tell_doubles(sources, facts)
     return facts
 
 
@@ -383,20 +388,35 @@ def _facts(case: tuple[CaseSource, Sequence[int] | None, Path | None]) -> CaseFa
     return facts
 
 
-def _tell_doubles(sources: Sequence[CaseSource], facts: Sequence[CaseFacts]) -> None:
-    """Adds to the findings of each case what it shares with one before it: voxels, mask, or name but for its case."""
+def tell_doubles(sources: Sequence[CaseSource], facts: Sequence[CaseFacts]) -> None:
+    """Adds to the findings of each case what it shares with one before it: voxels, mask, or name but for its case.
+
+    A scan that is in two splits is a problem of one of its two cases, so that `skip_bad` leaves out that alone: of one
+    that has others, or no mask; or else of that in val rather than in train, in test rather than in val.
+    """
+
+    def last(case: tuple[CaseSource, CaseFacts]) -> tuple[bool, bool, bool, int]:
+        source, fact = case
+        known = source.split in SPLITS  # not so where nothing says which split it is of
+        place = SPLITS.index(source.split) if known else 0
+        return bool(fact.problems), not known, source.label_path is None, place
+
     voxels: dict[str, CaseSource] = {}
     masks: dict[Path, CaseSource] = {}
     patients: dict[str, CaseSource] = {}
-    # Cases in no split last, so that each in a split is held against the others in splits.
-    for source, fact in sorted(zip(sources, facts, strict=True), key=lambda case: case[0].split not in SPLITS):
+    for source, fact in sorted(zip(sources, facts, strict=True), key=last):
         image = source.image_paths[0]
         if fact.digest and (other := voxels.setdefault(fact.digest, source)) is not source:
             line = f"{image} ({source.split}): has the voxels of {other.image_paths[0]} ({other.split}): "
             if source.split == other.split or source.split not in SPLITS:
-                fact.warnings.append(f"{line}one scan under two names flatters what is measured, remove one")
+                fact.warnings.append(
+                    f"{line}one scan under two names counts twice, or leaks into val or test, remove one"
+                )
             else:  # what is measured on it would be worth nothing
-                fact.problems.append(f"{line}leave one of them out, or put both patients into one split")
+                fact.problems.append(
+                    f"{line}leave one of them out (--skip_bad leaves out the first of these), or put both patients "
+                    "into one split (--splits)"
+                )
         if source.label_path and (other := masks.setdefault(source.label_path, source)) is not source:
             fact.warnings.append(
                 f"{source.label_path}: is the mask of {image} and of {other.image_paths[0]}: correct one"
@@ -465,6 +485,9 @@ def check_cases(
         print(f"skipped: {line}", file=sys.stderr)
     if len(good) < len(sources):
         print(f"skipped: {len(sources) - len(good)} of {len(sources)} cases, for the reasons above")
+    for split in SPLITS:
+        if any(source.split == split for source in sources) and not any(source.split == split for source, _ in good):
+            print(f"warning: that leaves no case in {split}")
     return [source for source, _ in good], [fact for _, fact in good], found
 
 

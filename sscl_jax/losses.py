@@ -57,7 +57,7 @@ def rescuing_dice_loss(dice: jax.Array) -> jax.Array:
 
     The gradient of 1 - D goes with the probability of the class, so of a class that is hardly found there is next to
     none, and it can stay forgotten. That of -log D (Wong et al., 2018) is 1 / D times as large. It is not taken for
-    the whole, since of the classes that are known it would weigh the worst most.
+    the whole, since of the classes that are known it would weigh the worst most. D must be above 0, as `soft_dice` is.
     """
     return jnp.where(dice > 0.5, dice_loss(dice), 0.5 - 0.5 * jnp.log(2.0 * dice))
 

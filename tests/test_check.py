@@ -10,7 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from data_prep import acdc, check, common, folder
+from data_prep import acdc, check, common, folder, msd
 from sscl_jax.data.prepared import CaseSource, open_prepared
 
 ROOT = Path(__file__).parents[1]
@@ -265,10 +265,84 @@ def test_one_scan_in_two_splits_is_refused(acdc_folder, tmp_path, capsys):
     (line,) = [line for line in lines if line.startswith("error")]
     assert status == 1 and f"patient003_frame01.nii.gz (test): has the voxels of {trained} (train)" in line
     assert [line for line in lines if "patient009_frame01.nii.gz (none): has the voxels" in line]
-    with pytest.raises(common.Problems, match="leave one of them out, or put both patients into one split"):
+    with pytest.raises(common.Problems, match="leave one of them out .*, or put both patients into one split"):
         acdc.prepare(acdc_folder, tmp_path / "out")
     dataset = acdc.prepare(acdc_folder, tmp_path / "out", skip_bad=True)
     assert [case.patient_id for case in dataset.cases] == ["patient001", "patient002"]
+    assert "warning: that leaves no case in test" in capsys.readouterr().out
+
+
+def split_into(base, train, test):
+    (base / "splits.json").write_text(json.dumps({"train": train, "test": test}))
+    return base / "splits.json"
+
+
+@pytest.mark.parametrize(
+    "store",
+    [
+        lambda array: (array[::-1], AXIAL @ np.diag([-1, 1, 1, 1]) + 11 * np.outer(AXIAL[:, 0], [0, 0, 0, 1])),
+        lambda array: (array.transpose(1, 0, 2), AXIAL[:, [1, 0, 2, 3]]),
+        lambda array: (array.astype("f8"), AXIAL),
+        lambda array: (np.where(array == 0, -0.0, array), AXIAL),
+    ],
+    ids=["mirrored", "turned", "type", "minus zero"],
+)
+def test_one_scan_stored_in_another_way_is_the_same(store, tmp_path):
+    base = write_pairs(tmp_path, ["a", "b"])
+    scan = image(0)
+    scan[0, 0, 0] = 0
+    write(base / "images" / "a.nii.gz", scan)
+    write(base / "images" / "b.nii.gz", *store(scan))
+    mask, affine = store(label(1))
+    write(base / "labels" / "b.nii.gz", mask.astype("u1"), affine)
+    with pytest.raises(common.Problems, match="b.nii.gz .test.: has the voxels of .*a.nii.gz .train."):
+        folder.prepare(tmp_path / "out", base, splits=split_into(base, ["a"], ["b"]))
+
+
+def test_of_a_scan_in_two_splits_the_one_that_is_worth_less_is_left_out(tmp_path):
+    base = write_pairs(tmp_path, ["a", "b", "c"])
+    write(base / "images" / "b.nii.gz", image(0))  # that of a
+    splits = split_into(base, ["b", "c"], ["a"])  # a comes first by name, yet train before test
+    one = folder.prepare(tmp_path / "one", base, splits=splits, skip_bad=True)
+    assert [case.patient_id for case in one.cases] == ["b", "c"]
+    (base / "labels" / "b.nii.gz").unlink()
+    two = folder.prepare(tmp_path / "two", base, splits=splits, skip_bad=True)
+    assert [case.patient_id for case in two.cases] == ["c", "a"]
+    write(base / "labels" / "b.nii.gz", label(1, shape=(4, 4, 4)))  # of no use, and so no reason to leave out a
+    three = folder.prepare(tmp_path / "three", base, splits=splits, skip_bad=True)
+    assert [case.patient_id for case in three.cases] == ["c", "a"]
+
+
+def test_one_scan_in_two_splits_is_found_in_a_prepared_data_set(tmp_path, capsys, monkeypatch):
+    base = write_pairs(tmp_path, ["a", "b"])
+    write(base / "images" / "b.nii.gz", image(0))
+    with monkeypatch.context() as patched:  # as it was prepared before this was looked for
+        patched.setattr(common, "tell_doubles", lambda sources, facts: None)
+        folder.prepare(tmp_path / "out", base, splits=split_into(base, ["a"], ["b"]))
+    lines, status = checked(tmp_path / "out", capsys)
+    assert status == 1 and any("b.nii.gz (test): has the voxels of" in line for line in lines)
+
+
+def test_check_puts_test_images_of_the_decathlon_where_prepare_puts_them(tmp_path, capsys):
+    names = ["h1", "h2"]
+    for number, name in enumerate(names):
+        write(tmp_path / "imagesTr" / f"{name}.nii.gz", image(number))
+        write(tmp_path / "labelsTr" / f"{name}.nii.gz", label(number, values=(0, 1)))
+    write(tmp_path / "imagesTs" / "h3.nii.gz", image(1))  # that of h2
+    description = {
+        "labels": {"0": "background", "1": "front"},
+        "modality": {"0": "MRI"},
+        "training": [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names],
+        "test": ["./imagesTs/h3.nii.gz"],
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(description))
+    splits = split_into(tmp_path, ["h1"], ["h2"])
+    lines, status = checked(tmp_path, capsys)
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error")]
+    assert status == 1 and "h3.nii.gz (train): has the voxels of" in errors[0]
+    with pytest.raises(common.Problems) as caught:
+        msd.prepare(tmp_path, tmp_path / "out", splits=splits)
+    assert caught.value.lines == errors
 
 
 def test_endings_in_capitals(tmp_path, capsys):
