@@ -93,7 +93,12 @@ def check_prepared(path: Path) -> Findings:
     checked = map_ahead(functools.partial(_prepared_facts, dataset), dataset.cases)
     facts = list(tqdm(checked, "checking", len(dataset.cases), unit=" cases", disable=None))
     cases = [(case.split, case.patient_id, case.source, case.has_label) for case in dataset.cases]
-    sources = [CaseSource(c.case_id, c.patient_id, c.split, (Path(c.source),)) for c in dataset.cases]
+    sources = [
+        CaseSource(
+            c.case_id, c.patient_id, c.split, (Path(_name(dataset, c)),), Path(c.case_id) if c.has_label else None
+        )
+        for c in dataset.cases
+    ]
     common.tell_doubles(sources, facts)
     names = dict(zip(dataset.recipe.label_values, dataset.recipe.class_names, strict=True))
     skipped = [f"left out when it was prepared: {line}" for line in dataset.skipped]
@@ -103,7 +108,7 @@ def check_prepared(path: Path) -> Findings:
 def _prepared_facts(dataset: PreparedDataset, case: Case) -> CaseFacts:
     """Reads one case of a prepared dataset."""
     problems, values = [], frozenset[int]()
-    where = f"{dataset.path}, case {case.case_id}"
+    where = _name(dataset, case)
     image = dataset.image(case.index)
     if not np.isfinite(image).all():
         problems.append(f"{where}: its image has voxels that are not finite: prepare again")
@@ -113,8 +118,12 @@ def _prepared_facts(dataset: PreparedDataset, case: Case) -> CaseFacts:
             problems.append(f"{where}: its label has a class beyond {dataset.num_classes - 1}: prepare again")
         else:
             values = frozenset(dataset.recipe.label_values[c] for c in np.unique(native))
-    digest = common.digest_of(image, np.eye(4))
+    digest = common.digest_of(image)
     return CaseFacts(problems, [], dataset.channels, values, case.grid.native_spacing, digest)
+
+
+def _name(dataset: PreparedDataset, case: Case) -> str:
+    return f"{dataset.path}, case {case.case_id}"
 
 
 def check_acdc(path: Path) -> Findings:

@@ -215,7 +215,7 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
             if part.min() == part.max():
                 which = f" of channel {channel}" if channels > 1 else ""
                 problems.append(f"{name}: every voxel{which} is {part.flat[0]:g}: replace or remove the file")
-        digest, lowest = digest_of(array, affine), float(array.min())
+        digest, lowest = digest_of(array), float(array.min())
         del array
     except (ValueError, OSError) as error:
         problems.append(_with_name(name, error))
@@ -226,7 +226,7 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
             values = frozenset(np.unique(label).tolist())
             warned += _label_warnings(source.label_path, values)
             problems += _label_problems(source, label.shape, label_affine, shape, affine)
-            if digest and affine is not None and digest_of(label[..., None].astype(np.float32), affine) == digest:
+            if digest and digest_of(label[..., None].astype(np.float32)) == digest:
                 problems.append(
                     f"{source.label_path}: has the voxels of its image {name}: replace the one that is wrong"
                 )
@@ -242,11 +242,14 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
     return CaseFacts(problems, warned, channels, values, spacing, digest, lowest)
 
 
-def digest_of(array: np.ndarray, affine: np.ndarray) -> str:
-    """The same for images (X, Y, Z, C) of the same values, however their axes are turned and mirrored."""
-    turned = nibabel.apply_orientation(array, nibabel.io_orientation(affine))
-    values = np.add(turned.T, 0, order="C")  # 0 and -0 are one value
-    digest = hashlib.sha256(repr(values.shape).encode())
+def digest_of(array: np.ndarray) -> str:
+    """The same for images (X, Y, Z, C) that hold the same values, however their axes are turned and mirrored.
+
+    Of the sorted values, since headers that say how an image lies can be wrong, or one of them lost.
+    """
+    values = np.sort(array, axis=None)
+    values += 0  # -0 is 0
+    digest = hashlib.sha256(repr((sorted(array.shape[:3]), array.shape[3])).encode())
     digest.update(values.data)
     return digest.hexdigest()
 
@@ -392,7 +395,8 @@ def tell_doubles(sources: Sequence[CaseSource], facts: Sequence[CaseFacts]) -> N
     """Adds to the findings of each case what it shares with one before it: voxels, mask, or name but for its case.
 
     A scan that is in two splits is a problem of one of its two cases, so that `skip_bad` leaves out that alone: of one
-    that has others, or no mask; or else of that in val rather than in train, in test rather than in val.
+    that has others, or no mask; or else of that in val rather than in train, in test rather than in val. Other scans of
+    the same patient stay.
     """
 
     def last(case: tuple[CaseSource, CaseFacts]) -> tuple[bool, bool, bool, int]:
@@ -408,15 +412,15 @@ def tell_doubles(sources: Sequence[CaseSource], facts: Sequence[CaseFacts]) -> N
         image = source.image_paths[0]
         if fact.digest and (other := voxels.setdefault(fact.digest, source)) is not source:
             line = f"{image} ({source.split}): has the voxels of {other.image_paths[0]} ({other.split}): "
-            if source.split == other.split or source.split not in SPLITS:
-                fact.warnings.append(
-                    f"{line}one scan under two names counts twice, or leaks into val or test, remove one"
-                )
-            else:  # what is measured on it would be worth nothing
+            if source.split == other.split:
+                fact.warnings.append(f"{line}one scan under two names counts twice, remove one")
+            elif {source.split, other.split} <= set(SPLITS):  # what is measured on it would be worth nothing
                 fact.problems.append(
-                    f"{line}leave one of them out (--skip_bad leaves out the first of these), or put both patients "
-                    "into one split (--splits)"
+                    f"{line}leave one of them out (preparing with --skip_bad leaves out the first of these), or "
+                    "put both patients into one split (--splits)"
                 )
+            else:
+                fact.warnings.append(f"{line}one scan under two names, remove one")
         if source.label_path and (other := masks.setdefault(source.label_path, source)) is not source:
             fact.warnings.append(
                 f"{source.label_path}: is the mask of {image} and of {other.image_paths[0]}: correct one"

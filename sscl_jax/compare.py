@@ -5,7 +5,7 @@
 
 The first is the one that the others are compared with, in paired differences over the same patients. A pattern, in
 quotes, stands for repeats of one training, with other seeds or labelled patients: its figures are means over them, and
-a patient's difference is the mean of those that the pairs of repeats have, first with first, in the order of names.
+a patient's difference is the mean over the pairs of repeats with the same seeds; that of each pair is told in brackets.
 """
 
 import csv
@@ -15,14 +15,17 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 from scipy import stats
 
-from sscl_jax import cli
+from sscl_jax import cli, experiment
 
 METRICS = ("dice", "jaccard", "hd95_mm", "assd_mm")
+# Fields in which repeats of one training differ.
+REPEATS = ("seed", "data.labeled_seed")
 
 
 class Key(NamedTuple):
@@ -92,24 +95,17 @@ def class_mean(rows: Rows, name: str) -> float:
 
 
 def differences(a: Rows, b: Rows) -> dict[str, float]:
-    """Difference b - a of the mean Dice of each patient.
+    """Difference b - a of the mean Dice of each patient, from the same cases.
 
     Volumes of one patient are alike: taken for independent ones they would make p too small. So a patient counts once,
     with the mean over its cases. Which classes count depends on the prediction too, so each case is compared over the
     classes that count in both; a patient without any is left out.
-
-    Raises:
-      ValueError: the two were not measured on the same cases and classes, or share none that counts.
     """
-    if a.keys() != b.keys():
-        raise ValueError("the trainings were not measured on the same cases: their splits differ.")
     patient_of = {key.case: key.patient for key in a}
     by_class: Rows = {key: {"dice": b[key]["dice"] - row["dice"]} for key, row in a.items()}
     patients: dict[str, list[float]] = {}
     for case, mean in case_means(by_class, "dice").items():
         patients.setdefault(patient_of[case], []).append(mean)
-    if not patients:
-        raise ValueError("the trainings have no case with a class that counts in both.")
     return {patient: float(np.mean(values)) for patient, values in patients.items()}
 
 
@@ -119,35 +115,60 @@ def paired(before: Sequence[Rows], after: Sequence[Rows]) -> tuple[float, float,
     A patient who is left out of one repeat is left out of n.
 
     Raises:
-      ValueError: as `differences`; or no patient is in all repeats.
+      ValueError: the tables are not of the same cases and classes, or no patient is in all repeats.
     """
+    if any(rows.keys() != before[0].keys() for rows in (*before, *after)):
+        raise ValueError("the trainings were not measured on the same cases: their splits differ.")
     found = [differences(a, b) for a, b in zip(before, after, strict=True)]
     patients = [patient for patient in found[0] if all(patient in each for each in found)]
     if not patients:
-        raise ValueError("no patient has, in each repeat, a class that counts in both trainings.")
+        raise ValueError("the trainings have no case with a class that counts in all of them.")
     d = np.array([np.mean([each[patient] for each in found]) for patient in patients])
     p = float(stats.wilcoxon(d).pvalue) if len(d) > 1 and np.any(d != 0) else math.nan
     return float(d.mean()), float(d.std()), len(d), p
 
 
-def repeats(training: str | Path) -> tuple[list[Path], str, list[tuple[int, int]]]:
-    """The folders of a training, or of all that a pattern stands for; what they are; and their seeds.
+class Repeats(NamedTuple):
+    """Trainings that differ in `REPEATS` alone, in the order of these; one training is a repeat of itself."""
+
+    folders: list[Path]
+    seeds: list[tuple[int, int]]  # `REPEATS` of each
+    kind: str
+
+
+def find_repeats(training: str | Path) -> Repeats:
+    """The folder of a training, or those that a pattern stands for.
 
     Raises:
-      FileNotFoundError: there is no such folder.
-      ValueError: they differ in method, number of labelled patients or steps.
+      FileNotFoundError: there is no such folder, or one has no config.json.
+      ValueError: they differ in other fields, or two do not differ at all.
     """
     folders = [Path(training)]
     if not folders[0].is_dir():
-        folders = sorted(path for path in map(Path, glob.glob(str(training))) if path.is_dir())
+        folders = [path for path in map(Path, glob.glob(str(training))) if path.is_dir()]
     if not folders:
-        raise FileNotFoundError(f"{training}: there is no such folder.")
-    configs = [json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in folders]
-    kinds = [f"{c['method']}, {c['data']['labeled_patients']} labelled, {c['steps']} steps" for c in configs]
-    for folder, kind in zip(folders, kinds, strict=True):
-        if kind != kinds[0]:
-            raise ValueError(f"{training}: {folders[0]} is {kinds[0]}, {folder} {kind}; name repeats of one training.")
-    return folders, kinds[0], [(c["seed"], c["data"]["labeled_seed"]) for c in configs]
+        raise FileNotFoundError(
+            f"{training}: no folder has this name or fits this pattern; give --workdir of trainings."
+        )
+    configs: dict[tuple[int, int], tuple[Path, dict[str, Any]]] = {}
+    for folder in folders:
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} has no config.json; give --workdir of trainings.")
+        text = (folder / "config.json").read_text(encoding="utf-8")
+        config = experiment.flat_config(ConfigDict(json.loads(text)))
+        seeds = (config["seed"], config["data.labeled_seed"])
+        taken, _ = configs.setdefault(seeds, (folder, config))
+        if taken != folder:
+            raise ValueError(f"{training}: {taken} and {folder} have the same seeds, {seeds}; name one of them.")
+    (first, config), *others = (configs[seeds] for seeds in sorted(configs))
+    for folder, other in others:
+        names = sorted((config.keys() | other.keys()).difference(REPEATS, experiment.IDLE_FIELDS))
+        if differ := [name for name in names if config.get(name) != other.get(name)]:
+            raise ValueError(
+                f"{training}: {first} and {folder} differ in {', '.join(differ)}; name repeats of one training."
+            )
+    kind = f"{config['method']}, {config['data.labeled_patients']} labelled, {config['steps']} steps"
+    return Repeats([configs[seeds][0] for seeds in sorted(configs)], sorted(configs), kind)
 
 
 def compare(trainings: Sequence[str | Path], split: str, network: str) -> str:
@@ -157,32 +178,33 @@ def compare(trainings: Sequence[str | Path], split: str, network: str) -> str:
       trainings: the --workdir of each, or a pattern for its repeats.
 
     Raises:
-      FileNotFoundError, ValueError: as `repeats`, `read_cases`, `paired`; or repeats have other seeds than the first's.
+      FileNotFoundError, ValueError: as `find_repeats`, `read_cases`, `paired`; or the seeds are not those of the first.
     """
-    found = [repeats(training) for training in trainings]
-    runs = [[read_cases(folder, split, network) for folder in folders] for folders, _, _ in found]
+    found = [find_repeats(training) for training in trainings]
+    runs = [[read_cases(folder, split, network) for folder in repeats.folders] for repeats in found]
     classes = list(dict.fromkeys(key.label for key in runs[0][0]))
     width = max(len(str(training)) for training in trainings)
     header = ["Dice %", *classes, "HD95 mm", "difference to the first, by patient (Wilcoxon p)"]
     lines = [f"{split}, {network}", f"{'':{width}}  " + "  ".join(f"{h:>10}" for h in header)]
-    for training, (_, kind, seeds), tables in zip(trainings, found, runs, strict=True):
+    for training, repeats, tables in zip(trainings, found, runs, strict=True):
         means = [class_means(rows, "dice") for rows in tables]
         cells = [100 * np.mean([class_mean(rows, "dice") for rows in tables])]
         cells += [100 * np.mean([mean.get(each, math.nan) for mean in means]) for each in classes]
         cells.append(np.mean([class_mean(rows, "hd95_mm") for rows in tables]))
         text = "  ".join(f"{cell:{max(10, len(h))}.2f}" for cell, h in zip(cells, header, strict=False))
         if tables is not runs[0]:
-            if len(seeds) != len(runs[0]) or (len(seeds) > 1 and seeds != found[0][2]):
+            if len(tables) != len(runs[0]) or (len(tables) > 1 and repeats.seeds != found[0].seeds):
                 raise ValueError(
-                    f"seed and data.labeled_seed are {seeds} in {training} and {found[0][2]} in {trainings[0]}: "
-                    "name as many repeats of each, with the same seeds."
+                    f"{' and '.join(REPEATS)} are {repeats.seeds} in {training} and {found[0].seeds} in "
+                    f"{trainings[0]}: name as many repeats of each, with the same seeds."
                 )
             mean, std, n, p = paired(runs[0], tables)
             text += f"  {100 * mean:+.2f} ± {100 * std:.2f}, n = {n}, p = {p:.2g}"
             if len(tables) > 1:
-                each = (100 * paired([a], [b])[0] for a, b in zip(runs[0], tables, strict=True))
-                text += f" ({', '.join(f'{gain:+.2f}' for gain in each)})"
-        lines.append(f"{training!s:{width}}  {text}   [{kind}, seed {', '.join(str(seed) for seed, _ in seeds)}]")
+                each = (np.mean(list(differences(a, b).values())) for a, b in zip(runs[0], tables, strict=True))
+                text += f" ({', '.join(f'{100 * gain:+.2f}' for gain in each)})"
+        seeds = ", ".join(str(seed) for seed, _ in repeats.seeds)
+        lines.append(f"{training!s:{width}}  {text}   [{repeats.kind}, seed {seeds}]")
     return "\n".join(lines)
 
 

@@ -35,10 +35,8 @@ from sscl_jax import main as training
 
 Fields = dict[str, str]  # config field -> value, as on the command line
 
-# Fields whose values are repeats of the same config: the table gives means over them.
-REPEATS = ("seed", "data.labeled_seed")
 # Fields that say what is to be learnt from: trainings that differ in one of them are not compared.
-TASK = (*REPEATS, "data.labeled_patients", "data.labeled_fraction", "data.path")
+TASK = (*compare.REPEATS, "data.labeled_patients", "data.labeled_fraction", "data.path")
 
 
 def read_option(text: str) -> tuple[str, list[str]]:
@@ -157,7 +155,9 @@ def format_results(rows: Sequence[dict], split: str) -> str:
     groups: dict[str, list[dict]] = {}
     first: dict[tuple, dict] = {}
     for row in rows:
-        fields = (f"{n}={v}" for n, v in row.items() if not (n in measured or n in REPEATS or n.startswith("dice_")))
+        fields = (
+            f"{n}={v}" for n, v in row.items() if not (n in measured or n in compare.REPEATS or n.startswith("dice_"))
+        )
         groups.setdefault(", ".join(fields) or "base", []).append(row)
         first.setdefault(_task(row), row)
 

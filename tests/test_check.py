@@ -282,10 +282,11 @@ def split_into(base, train, test):
     [
         lambda array: (array[::-1], AXIAL @ np.diag([-1, 1, 1, 1]) + 11 * np.outer(AXIAL[:, 0], [0, 0, 0, 1])),
         lambda array: (array.transpose(1, 0, 2), AXIAL[:, [1, 0, 2, 3]]),
+        lambda array: (array, AXIAL @ np.diag([-1, -1, 1, 1])),
         lambda array: (array.astype("f8"), AXIAL),
         lambda array: (np.where(array == 0, -0.0, array), AXIAL),
     ],
-    ids=["mirrored", "turned", "type", "minus zero"],
+    ids=["mirrored", "turned", "other header", "type", "minus zero"],
 )
 def test_one_scan_stored_in_another_way_is_the_same(store, tmp_path):
     base = write_pairs(tmp_path, ["a", "b"])
@@ -313,14 +314,25 @@ def test_of_a_scan_in_two_splits_the_one_that_is_worth_less_is_left_out(tmp_path
     assert [case.patient_id for case in three.cases] == ["c", "a"]
 
 
+def test_of_a_scan_in_val_and_test_that_in_test_is_left_out(tmp_path):
+    base = write_pairs(tmp_path, ["a", "b", "c"])
+    write(base / "images" / "b.nii.gz", image(0))  # that of a
+    (base / "splits.json").write_text(json.dumps({"train": ["c"], "val": ["b"], "test": ["a"]}))
+    dataset = folder.prepare(tmp_path / "out", base, splits=base / "splits.json", skip_bad=True)
+    assert [case.patient_id for case in dataset.cases] == ["c", "b"]
+
+
 def test_one_scan_in_two_splits_is_found_in_a_prepared_data_set(tmp_path, capsys, monkeypatch):
     base = write_pairs(tmp_path, ["a", "b"])
     write(base / "images" / "b.nii.gz", image(0))
+    (base / "labels" / "a.nii.gz").unlink()
     with monkeypatch.context() as patched:  # as it was prepared before this was looked for
         patched.setattr(common, "tell_doubles", lambda sources, facts: None)
         folder.prepare(tmp_path / "out", base, splits=split_into(base, ["a"], ["b"]))
     lines, status = checked(tmp_path / "out", capsys)
-    assert status == 1 and any("b.nii.gz (test): has the voxels of" in line for line in lines)
+    (line,) = [line for line in lines if line.startswith("error")]
+    out = tmp_path / "out"  # a, which has no mask, is worth less
+    assert status == 1 and f"{out}, case a (train): has the voxels of {out}, case b (test)" in line
 
 
 def test_check_puts_test_images_of_the_decathlon_where_prepare_puts_them(tmp_path, capsys):

@@ -1,6 +1,7 @@
 import csv
 import gzip
 import json
+import shutil
 import struct
 import threading
 import time
@@ -334,14 +335,34 @@ def test_repeats_are_averaged_by_patient(tmp_path):
     assert "+12.50 ± 7.50, n = 2" in third  # c counts in one pair only
     with pytest.raises(ValueError, match=r"are \[\(1, 1\)\] in .*two-1 and \[\(0, 0\), \(1, 1\)\] in .*one-"):
         compare.compare([one, tmp_path / "two-1"], "val", "teacher")
-    (tmp_path / "two-1").rename(tmp_path / "other")
-    run_table(tmp_path / "two-2", {(case, "x"): 0.5 for case in "abc"})
-    with pytest.raises(ValueError, match=r"are \[\(0, 0\), \(2, 2\)\] in .*two-. and"):
-        compare.compare([one, two], "val", "teacher")
-    with pytest.raises(ValueError, match=r"one-0 is one, 2 labelled, 40 steps, .*three-0 three, 2 labelled"):
-        compare.compare([str(tmp_path / "*-0")], "val", "teacher")
-    with pytest.raises(FileNotFoundError, match="four-.: there is no such folder"):
+    with pytest.raises(ValueError, match=r"one-0 and .*one-1 differ in steps; name repeats of one training"):
+        change_config(tmp_path / "one-1", steps=50)
+        compare.compare([one], "val", "teacher")
+    with pytest.raises(ValueError, match=r"have the same seeds, \(1, 1\); name one of them"):
+        change_config(tmp_path / "two-0", seed=1, data={"labeled_patients": 2, "labeled_seed": 1})
+        compare.compare([two], "val", "teacher")
+    with pytest.raises(FileNotFoundError, match=r"four-\?: no folder has this name or fits this pattern"):
         compare.compare([str(tmp_path / "four-?")], "val", "teacher")
+    (tmp_path / "four-0").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"four-0 has no config.json; give --workdir of trainings"):
+        compare.compare([str(tmp_path / "four-?")], "val", "teacher")
+
+
+def change_config(workdir, **fields):
+    config = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(config | fields))
+
+
+def test_repeats_are_paired_by_seed_on_the_same_cases(tmp_path):
+    for name, value in {"one-9": 0.1, "one-10": 0.3, "two-09": 0.2, "two-10": 0.5}.items():
+        run_table(tmp_path / name, {("a", "x"): value})
+    patterns = [str(tmp_path / "one-*"), str(tmp_path / "two-*")]
+    assert "+15.00 ± 0.00, n = 1, p = nan (+10.00, +20.00)" in compare.compare(patterns, "val", "teacher")
+    for name in ("one-10", "two-10"):
+        shutil.rmtree(tmp_path / name)
+        run_table(tmp_path / name, {("b", "x"): 0.5})
+    with pytest.raises(ValueError, match="not measured on the same cases"):
+        compare.compare(patterns, "val", "teacher")
 
 
 def test_volumes_of_one_patient_count_as_one(tmp_path):
@@ -366,7 +387,7 @@ def test_what_counts_in_one_training_only_is_no_difference_of_splits(tmp_path):
     assert compare.class_means(two, "dice") == pytest.approx({"x": 0.8, "y": 0.8})
     assert compare.class_mean(none, "dice") == pytest.approx(0.8)  # class x counts nowhere
     assert "nan" in compare.compare([tmp_path / "two", tmp_path / "none"], "val", "teacher").splitlines()[-1]
-    with pytest.raises(ValueError, match="no case with a class that counts in both"):
+    with pytest.raises(ValueError, match="no case with a class that counts in all of them"):
         compare.paired([one], [none])
 
 
