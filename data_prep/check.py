@@ -93,7 +93,7 @@ def check_prepared(path: Path) -> Findings:
     checked = map_ahead(functools.partial(_prepared_facts, dataset), dataset.cases)
     facts = list(tqdm(checked, "checking", len(dataset.cases), unit=" cases", disable=None))
     cases = [(case.split, case.patient_id, case.source, case.has_label) for case in dataset.cases]
-    sources = [
+    sources = [  # what it was prepared from need not be there any more: each case is named instead
         CaseSource(
             c.case_id, c.patient_id, c.split, (Path(_name(dataset, c)),), Path(c.case_id) if c.has_label else None
         )

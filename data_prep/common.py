@@ -411,15 +411,14 @@ def tell_doubles(sources: Sequence[CaseSource], facts: Sequence[CaseFacts]) -> N
         image = source.image_paths[0]
         if fact.digest and (other := voxels.setdefault(fact.digest, source)) is not source:
             line = f"{image} ({source.split}): has the voxels of {other.image_paths[0]} ({other.split}): "
-            if source.split == other.split:
-                fact.warnings.append(f"{line}one scan under two names counts twice, remove one")
-            elif {source.split, other.split} <= set(SPLITS):  # what is measured on it would be worth nothing
+            if source.split != other.split and {source.split, other.split} <= set(SPLITS):
+                # What is measured on it would be worth nothing.
                 fact.problems.append(
                     f"{line}leave one of them out (preparing with --skip_bad leaves out the first of these), or "
                     "put both patients into one split (--splits)"
                 )
             else:
-                fact.warnings.append(f"{line}one scan under two names, remove one")
+                fact.warnings.append(f"{line}one scan under two names counts twice, remove one")
         if source.label_path and (other := masks.setdefault(source.label_path, source)) is not source:
             fact.warnings.append(
                 f"{source.label_path}: is the mask of {image} and of {other.image_paths[0]}: correct one"

@@ -162,8 +162,7 @@ def find_repeats(training: str | Path) -> Repeats:
             raise ValueError(f"{training}: {taken} and {folder} have the same seeds, {seeds}; name one of them.")
     (first, config), *others = (configs[seeds] for seeds in sorted(configs))
     for folder, other in others:
-        names = sorted((config.keys() | other.keys()).difference(REPEATS, experiment.IDLE_FIELDS))
-        if differ := [name for name in names if config.get(name) != other.get(name)]:
+        if differ := experiment.differing_fields(config, other, (*REPEATS, *experiment.IDLE_FIELDS)):
             raise ValueError(
                 f"{training}: {first} and {folder} differ in {', '.join(differ)}; name repeats of one training."
             )

@@ -228,6 +228,12 @@ def flat_config(config: ConfigDict) -> dict[str, Any]:
     return flat
 
 
+def differing_fields(one: dict[str, Any], other: dict[str, Any], free: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+    """Of two flat configs the fields that differ, but for `free`, with both values; None where one lacks it."""
+    names = sorted((one.keys() | other.keys()).difference(free))
+    return {name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)}
+
+
 def check_same_training(
     config: ConfigDict,
     meta: dict[str, Any],
@@ -242,8 +248,7 @@ def check_same_training(
       ValueError: lists the fields that differ.
     """
     saved, wanted = flat_config(ConfigDict(meta["config"])), flat_config(config)
-    names = [n for n in sorted(saved.keys() | wanted.keys()) if n not in free]
-    differences = [f"{n} was {saved.get(n)!r}, is {wanted.get(n)!r}" for n in names if saved.get(n) != wanted.get(n)]
+    differences = [f"{n} was {was!r}, is {now!r}" for n, (was, now) in differing_fields(saved, wanted, free).items()]
     if meta["fingerprint"] != fingerprint:
         differences.append("the prepared data are others")
     if differences:
