@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy import stats
 
-from sscl_jax import cli, experiment
+from sscl_jax import cli, config_fields
 
 METRICS = ("dice", "jaccard", "hd95_mm", "assd_mm")
 # Fields in which repeats of one training differ.
@@ -155,14 +155,14 @@ def find_repeats(training: str | Path) -> Repeats:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} has no config.json; give --workdir of trainings.")
         text = (folder / "config.json").read_text(encoding="utf-8")
-        config = experiment.flat_config(ConfigDict(json.loads(text)))
+        config = config_fields.flat_config(ConfigDict(json.loads(text)))
         seeds = (config["seed"], config["data.labeled_seed"])
         taken, _ = configs.setdefault(seeds, (folder, config))
         if taken != folder:
             raise ValueError(f"{training}: {taken} and {folder} have the same seeds, {seeds}; name one of them.")
     (first, config), *others = (configs[seeds] for seeds in sorted(configs))
     for folder, other in others:
-        if differ := experiment.differing_fields(config, other, (*REPEATS, *experiment.IDLE_FIELDS)):
+        if differ := config_fields.differing_fields(config, other, (*REPEATS, *config_fields.IDLE_FIELDS)):
             raise ValueError(
                 f"{training}: {first} and {folder} differ in {', '.join(differ)}; name repeats of one training."
             )

@@ -30,7 +30,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sscl_jax import cli, compare, experiment, report, train
+from sscl_jax import cli, compare, config_fields, report, train
 from sscl_jax import main as training
 
 Fields = dict[str, str]  # config field -> value, as on the command line
@@ -95,7 +95,7 @@ def check_run(workdir: Path, options: list[str]) -> None:
         meta = {"config": left.config, "fingerprint": left.run["fingerprint"]}
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"{workdir} cannot be read ({error}): delete it, or choose another --output.") from error
-    experiment.check_same_training(config, meta, dataset.fingerprint, workdir, experiment.IDLE_FIELDS, "--output")
+    config_fields.check_same_training(config, meta, dataset.fingerprint, workdir, config_fields.IDLE_FIELDS, "--output")
 
 
 def has_ended(workdir: Path, split: str) -> bool:

@@ -24,7 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
-from sscl_jax import evaluate, experiment, metrics, model_card, parallel, pictures, report
+from sscl_jax import config_fields, evaluate, experiment, metrics, model_card, parallel, pictures, report
 from sscl_jax.checkpoint import Checkpoints
 from sscl_jax.cli import make_folder
 from sscl_jax.data.prepared import PreparedDataset, open_prepared
@@ -115,14 +115,14 @@ def _train(
     memory: dict[str, Any] = {"pending": {}, "best": None, "seconds": 0.0, "unpredicted": {}}
     if restored := last.restore(experiment.empty_state(config, dataset.num_classes, dataset.channels)):
         state, meta = restored
-        experiment.check_same_training(config, meta, dataset.fingerprint, workdir)
+        config_fields.check_same_training(config, meta, dataset.fingerprint, workdir)
         memory |= {name: meta[name] for name in memory if name in meta}
     else:
         state = experiment.make_state(config, dataset.num_classes, dataset.channels)
     start = int(state.step)
     state = parallel.replicate(state)
     meta = {
-        "config": experiment.plain_config(config),
+        "config": config_fields.plain_config(config),
         "recipe": dataset.recipe.to_dict(),
         "channels": dataset.channels,
         "fingerprint": dataset.fingerprint,

@@ -78,7 +78,7 @@ def tiny_config(phantom_data):
 @pytest.fixture(scope="module")
 def compiled_once():
     """Trainings of one config share what they compile, within one file; apart from time that changes nothing."""
-    from sscl_jax import evaluate, experiment
+    from sscl_jax import config_fields, evaluate, experiment
 
     def once(function, key):
         results = {}
@@ -92,7 +92,7 @@ def compiled_once():
         return remembered
 
     def by_config(config, *others):
-        fields = {n: v for n, v in experiment.flat_config(config).items() if n not in experiment.FREE_FIELDS}
+        fields = {n: v for n, v in config_fields.flat_config(config).items() if n not in config_fields.FREE_FIELDS}
         return json.dumps([fields, others])
 
     def by_model(config, *others):

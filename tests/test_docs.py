@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from configs import base, describe
-from sscl_jax import experiment
+from sscl_jax import config_fields
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -16,7 +16,7 @@ def test_the_table_of_fields_is_that_of_the_config():
     assert all(said for *_, said in describe.fields()), "every field has a comment"
     page = (ROOT / "docs/config.md").read_text(encoding="utf-8")
     assert page == describe.page(), "run: python -m configs.describe > docs/config.md"
-    assert {name for name, *_ in describe.fields()} == set(experiment.flat_config(base.get_config()))
+    assert {name for name, *_ in describe.fields()} == set(config_fields.flat_config(base.get_config()))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -35,7 +35,7 @@ def test_commands_name_modules_configs_and_methods_that_exist(path):
         assert (ROOT / config).is_file() or config == "configs/mine.py", config  # one of the reader's own
         assert method in ("", "METHOD", *base.METHODS), method
     for field in re.findall(r"--config\.([a-z_.]+)=", text):
-        assert field in experiment.flat_config(base.get_config()), field
+        assert field in config_fields.flat_config(base.get_config()), field
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

@@ -13,7 +13,7 @@ import pytest
 from conftest import tiny
 
 from configs import base
-from sscl_jax import augment, experiment, losses, parallel, train_step
+from sscl_jax import augment, config_fields, experiment, losses, parallel, train_step
 from sscl_jax.models.unet import pool
 from sscl_jax.train_step import Contrast, Views
 
@@ -249,7 +249,7 @@ def run(config, steps=2, devices=1, change=lambda state: state, key=""):
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "make_optimizer", lambda config: optax.sgd(0.1))
-        model = json.dumps([experiment.plain_config(config.model), config.contrast.level, config.data.patch_size])
+        model = json.dumps([config_fields.plain_config(config.model), config.contrast.level, config.data.patch_size])
         if model not in STATES:
             STATES[model] = parallel.to_host(experiment.make_state(config, 3, 1))
         chosen = jax.devices()[:devices]
@@ -258,7 +258,7 @@ def run(config, steps=2, devices=1, change=lambda state: state, key=""):
             "parallel_step",
             lambda step: jax.pmap(step, parallel.AXIS, in_axes=(None, 0), out_axes=(None, None), devices=chosen),
         )
-        name = json.dumps([experiment.flat_config(config), devices, key])
+        name = json.dumps([config_fields.flat_config(config), devices, key])
         if name not in STEPS:
             STEPS[name] = experiment.make_step(config, 3)
         patch.setattr(jax, "local_devices", lambda: chosen)

@@ -1,0 +1,70 @@
+"""The fields of a config as plain values, and held against those of another. Without jax, so it is quick to import."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+# Fields on which no figure of a training depends.
+IDLE_FIELDS = (
+    "data.path",
+    "data.device_memory",
+    "data.labeled_fraction",  # data.labeled_patients holds the number that it makes
+    "log_every",
+    "save_every",
+    "eval.test",
+)
+# Fields that may differ when a training goes on: they decide what is shown and kept, not what is learnt.
+FREE_FIELDS = (*IDLE_FIELDS, "eval.every", "eval.overlap", "eval.final_overlap")
+
+
+def plain_config(config: ConfigDict) -> dict[str, Any]:
+    """The config as nested dictionaries of JSON types."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def flat_config(config: ConfigDict) -> dict[str, Any]:
+    """`{"data.path": ..., ...}` with JSON types."""
+    flat: dict[str, Any] = {}
+
+    def visit(prefix: str, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                visit(f"{prefix}{name}.", value)
+            else:
+                flat[prefix + name] = value
+
+    visit("", plain_config(config))
+    return flat
+
+
+def differing_fields(one: dict[str, Any], other: dict[str, Any], free: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+    """Of two flat configs the fields that differ, but for `free`, with both values; None where one lacks it."""
+    names = sorted((one.keys() | other.keys()).difference(free))
+    return {name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)}
+
+
+def check_same_training(
+    config: ConfigDict,
+    meta: dict[str, Any],
+    fingerprint: str,
+    workdir: Path,
+    free: Sequence[str] = FREE_FIELDS,
+    option: str = "--workdir",
+) -> None:
+    """Refuses to go on with a training that had another config, but for the fields `free`, or other data.
+
+    Raises:
+      ValueError: lists the fields that differ.
+    """
+    saved, wanted = flat_config(ConfigDict(meta["config"])), flat_config(config)
+    differences = [f"{n} was {was!r}, is {now!r}" for n, (was, now) in differing_fields(saved, wanted, free).items()]
+    if meta["fingerprint"] != fingerprint:
+        differences.append("the prepared data are others")
+    if differences:
+        raise ValueError(
+            f"{workdir} holds a training with another config: {'; '.join(differences)}. Choose another {option}, "
+            "or the config it was started with."
+        )
