@@ -1,5 +1,6 @@
 """Options in either spelling; one command for all data sets."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +21,12 @@ def test_hyphens_in_options_are_underscores_but_not_in_values():
     args = cli.parse(parser, ["--skip-bad", "--class-names=left-ear,x", "a-b"])
     assert args.skip_bad and args.class_names == "left-ear,x" and args.path == "a-b"
     assert cli.parse(parser, ["--skip_bad", "p"]).skip_bad
+
+
+@pytest.mark.parametrize("module", ["sscl_jax.compare", "data_prep.check", "data_prep.folder"])
+def test_what_needs_no_jax_does_not_wait_for_it(module):
+    code = f"import sys, {module}; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_all_data_sets_are_listed_with_what_they_are(capsys, monkeypatch):
