@@ -42,8 +42,8 @@ from sscl_jax.train import TERMS
 STEPS = 12
 FIELDS = {
     "data.patch_size": (32, 32), "data.labeled_batch": 8, "data.unlabeled_batch": 16, "model.widths": (4, 8),
-    "contrast.num_queries": 4, "contrast.num_keys": 4, "contrast.threshold": 0.5, "contrast.ramp_steps": 4,
-    "pseudo_label.threshold": 0.5, "pseudo_label.ramp_steps": 4, "optimizer.warmup_steps": 4,
+    "contrast.num_queries": 4, "contrast.num_keys": 4, "contrast.threshold": 0.5,
+    "pseudo_label.threshold": 0.5, "optimizer.warmup_steps": 4, "ramp": 1 / 3,
     "steps": STEPS, "log_every": 1, "save_every": STEPS // 2, "eval.every": STEPS,
 }  # fmt: skip
 CASES = {"val": 6, "test": 2}

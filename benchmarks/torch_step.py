@@ -371,7 +371,8 @@ class TorchStep:
 
     def ramp(self, term: ConfigDict) -> float:
         """Sigmoid ramp-up of a weight."""
-        done = min(self.step / term.ramp_steps, 1.0) if term.ramp_steps else 1.0
+        steps = self.config.ramp * self.config.steps
+        done = min(self.step / steps, 1.0) if steps else 1.0
         return term.weight * float(np.exp(-5 * (1 - done) ** 2))
 
     def views(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -520,7 +521,8 @@ def check() -> None:
     config.augment.scale = config.augment.cutmix_area = (1.0, 1.0)
     config.contrast.num_queries = config.contrast.num_keys = 16 * 16  # all there are
     config.contrast.threshold = config.pseudo_label.threshold = 0.4
-    config.contrast.ramp_steps = config.pseudo_label.ramp_steps = config.optimizer.warmup_steps = 0
+    config.ramp = 0.0
+    config.optimizer.warmup_steps = 0
     config.optimizer.clip_norm = 1e6  # the norm is not the same, since there are more biases on one side
 
     # Weights that are neither zero nor one, and a teacher that is not the student.

@@ -42,6 +42,7 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.method = method  # name of the method, for tables
     config.seed = 0  # of initial weights, sample order, views and drawn pixels
     config.steps = 3000  # optimiser steps
+    config.ramp = 1.0  # share of the steps over which the weights of the unlabelled terms rise (sigmoid); 0: none
 
     config.data = ConfigDict()
     config.data.path = ""  # folder that a data_prep command wrote
@@ -72,7 +73,6 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
 
     config.contrast = ConfigDict()
     config.contrast.weight = 0.0  # final weight of the term; 0 = off
-    config.contrast.ramp_steps = 500  # sigmoid ramp-up
     config.contrast.sampler = "anatomical"  # anatomical | region | both (the mean of the two losses)
     config.contrast.level = 1  # U-Net level contrasted: 0 full resolution ... last: encoder output
     config.contrast.temperature = 0.1  # of InfoNCE; lower: more weight on the hardest negatives
@@ -86,11 +86,9 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
 
     config.consistency = ConfigDict()
     config.consistency.weight = 0.0  # final weight of the term; 0 = off
-    config.consistency.ramp_steps = 500  # sigmoid ramp-up
 
     config.pseudo_label = ConfigDict()
     config.pseudo_label.weight = 0.0  # final weight of the term; 0 = off
-    config.pseudo_label.ramp_steps = 500  # sigmoid ramp-up
     config.pseudo_label.threshold = 0.9  # least confidence of a pseudo-label
     config.pseudo_label.competence = True  # weight times the least soft Dice of a class on the labels
 

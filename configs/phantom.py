@@ -13,7 +13,7 @@ from configs import base
 def get_config(method: str = "anatomical_pl") -> ConfigDict:
     """Slices of 48 x 48 at 3 mm, 2 labelled patients, a narrower network; three slices without label for each with one.
 
-    Short ramps, since so short a training has no time to wait; wide rotations, as in `configs/acdc.py`.
+    Wide rotations, as in `configs/acdc.py`.
     """
     config = base.get_config(method)
     config.data.path = "data/phantom"
@@ -23,8 +23,6 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.data.unlabeled_batch = 6
     config.model.widths = (16, 32, 64, 128)
     config.augment.rotate = 60.0
-    for term in ("contrast", "consistency", "pseudo_label"):
-        config[term].ramp_steps = 300
     config.steps = 1500
     config.eval.every = 500
     config.eval.largest_component = "foreground"

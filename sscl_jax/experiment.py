@@ -43,6 +43,7 @@ def check_config(config: ConfigDict) -> None:
         require(0 <= get(field) <= 1, field, "must lie in [0, 1]")
     for field in ("foreground", "cutmix_probability", "cutmix_labeled"):
         require(0 <= config.augment[field] <= 1, f"augment.{field}", "must lie in [0, 1]")
+    require(0 <= config.ramp <= 1, "ramp", "a share of the steps, 0 to 1")
     require(0 <= config.data.labeled_fraction <= 1, "data.labeled_fraction", "a share of the patients, 0 to 1")
     require(bool(config.data.path), "data.path", "name the folder that a data_prep command wrote")
     require(0 <= config.seed < 2**32, "seed", "choose 0 to 2**32 - 1")
@@ -153,7 +154,9 @@ def empty_state(config: ConfigDict, num_classes: int, channels: int) -> TrainSta
 def make_weights(config: ConfigDict) -> dict[str, Callable[[jax.Array], jax.Array] | None]:
     """Weight of each term of the loss by step; None for a term that is off."""
     return {
-        term: train_step.sigmoid_ramp(config[term].weight, config[term].ramp_steps) if config[term].weight > 0 else None
+        term: train_step.sigmoid_ramp(config[term].weight, config.ramp * config.steps)
+        if config[term].weight > 0
+        else None
         for term in ("contrast", "consistency", "pseudo_label")
     }
 

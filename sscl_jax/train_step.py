@@ -78,7 +78,7 @@ class Views:
     cutmix_labeled: float
 
 
-def sigmoid_ramp(weight: float, steps: int) -> Callable[[jax.Array], jax.Array]:
+def sigmoid_ramp(weight: float, steps: float) -> Callable[[jax.Array], jax.Array]:
     """w exp(-5 (1 - t/T)^2) up to step T, then w (Laine & Aila, 2017); constant if `steps` is 0."""
     if steps == 0:
         return lambda step: jnp.asarray(weight, jnp.float32)

@@ -58,9 +58,8 @@ def tiny(path, method="anatomical_pl", **fields):
         "model.widths": (8, 16, 16), "model.projection_dim": 8,
         "optimizer.warmup_steps": 5, "optimizer.learning_rate": 1e-2,
         "contrast.num_queries": 4, "contrast.num_keys": 4, "contrast.threshold": 0.5, "contrast.cells": 2,
-        "contrast.ramp_steps": 10, "consistency.ramp_steps": 0, "pseudo_label.ramp_steps": 10,
         "pseudo_label.threshold": 0.5,
-        "steps": 120, "log_every": 10, "save_every": 25, "eval.every": 40,
+        "steps": 120, "ramp": 1 / 12, "log_every": 10, "save_every": 25, "eval.every": 40,
     } | fields)  # fmt: skip
     return config
 

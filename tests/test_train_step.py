@@ -38,6 +38,13 @@ def test_sigmoid_ramp_by_hand():
     assert train_step.sigmoid_ramp(0.5, 0)(jnp.asarray(0)) == 0.5
 
 
+@pytest.mark.parametrize(("ramp", "expected"), [(1.0, 0.5 * np.exp(-1.25)), (0.5, 0.5), (0.0, 0.5)])
+def test_the_ramp_is_a_share_of_the_steps(ramp, expected):
+    weights = experiment.make_weights(tiny("x", "pseudo_label", steps=40, ramp=ramp, **{"pseudo_label.weight": 0.5}))
+    np.testing.assert_allclose(weights["pseudo_label"](jnp.asarray(20)), expected, rtol=1e-6)
+    assert weights["contrast"] is None
+
+
 def test_update_teacher_by_hand():
     teacher = {g: {"w": jnp.asarray(8.0)} for g in ("encoder", "decoder", "projector")}
     expected = 8.0
@@ -430,7 +437,7 @@ def test_pseudo_labels_teach_as_much_as_the_least_known_class_is_known(blind, ch
         params = state.student | {"decoder": state.student["decoder"] | {"Dense_1": dense}}
         return state.replace(student=params) if blind else state
 
-    fields = {"pseudo_label.ramp_steps": 0, "pseudo_label.threshold": 0.0}
+    fields = {"ramp": 0.0, "pseudo_label.threshold": 0.0}
     _, metrics = run(small("pseudo_label", **fields), steps=1, change=change)
     sup, pl = (0.5 * metrics[f"{term}_ce"] + 0.5 * metrics[f"{term}_dice"] for term in ("sup", "pl"))
     # The least Dice has a greater loss than the mean of the classes.
@@ -440,7 +447,7 @@ def test_pseudo_labels_teach_as_much_as_the_least_known_class_is_known(blind, ch
 
 
 def test_the_gradient_takes_competence_for_a_constant(cheap):
-    fields = {"pseudo_label.ramp_steps": 0, "pseudo_label.threshold": 0.0}
+    fields = {"ramp": 0.0, "pseudo_label.threshold": 0.0}
     states, metrics = run(small("pseudo_label", **fields), steps=1)
     assert 0.01 < metrics["pl_competence"] < 0.9
     fields |= {"pseudo_label.competence": False, "pseudo_label.weight": metrics["pl_competence"]}

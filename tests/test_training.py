@@ -456,6 +456,7 @@ def test_nan_in_a_scan_stops_and_names_it(tiny_config, no_tables, tmp_path, monk
         ({"data.patch_size": (30, 32)}, r"data\.patch_size=\(30, 32\): each must be a multiple of 4"),
         ({"data.unlabeled_batch": 3}, r"data\.unlabeled_batch=3: CutMix pairs images"),
         ({"steps": 0}, "steps=0: must be at least 1"),
+        ({"ramp": 1.5}, r"ramp=1\.5: a share of the steps, 0 to 1"),
         ({"contrast.level": 3}, r"contrast\.level=3: choose 0 to 2"),
         ({"contrast.sampler": "all"}, "choose 'anatomical', 'region' or 'both'"),
         ({"contrast.temperature": 0.0}, "must be positive"),
