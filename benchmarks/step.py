@@ -220,8 +220,7 @@ def scaling(dtype: str, repeats: int, burst: int | None) -> None:
     config.model.dtype = dtype
     model = experiment.make_model(config, classes)
     params = experiment.make_state(config, classes, channels=1).student
-    options = {name: config.contrast[name] for name in train_step.Contrast.__dataclass_fields__}
-    chosen = train_step.Contrast(**options)
+    chosen = experiment.make_contrast(config)
 
     def loss(projector, features, key_features, query_pixels, key_pixels, keys):
         def drawn(pixels, features, count, stream):

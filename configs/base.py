@@ -18,7 +18,7 @@ REGION = {
 }
 
 # What each method switches on; fields as in `get_config`. 8 pixels of each of 16 cells are as many as 32 of 4 classes.
-# Beside pseudo-labels an anatomical contrast of 0.1 did a little worse than none, and 0.03 did not (docs/results.md).
+# Beside pseudo-labels an anatomical contrast of 0.1 did a little worse than none, and 0.03 did not (docs/ablation.md).
 METHODS: dict[str, dict] = {
     "supervised": {},
     "mean_teacher": {"consistency.weight": 1.0},
@@ -124,6 +124,5 @@ def get_config(method: str = "anatomical_pl") -> ConfigDict:
     config.log_every = 50  # steps between rows of metrics.csv
     config.save_every = 500  # steps between checkpoints
 
-    for field, value in METHODS[method].items():
-        config.update_from_flattened_dict({field: value})
+    config.update_from_flattened_dict(METHODS[method])
     return config.lock()

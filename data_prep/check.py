@@ -216,7 +216,7 @@ def check_sources(
 def list_nifti(path: Path) -> tuple[list[Scan], list[str]]:
     """Images at any depth of a folder, or the one file, with the masks beside them; problems, one line each."""
     found = [path] if path.is_file() else sorted(path.rglob("*"))
-    files = [p for p in found if p.name.lower().endswith(common.NIFTI) and p.name[0] != "." and p.is_file()]
+    files = [p for p in found if p.name.lower().endswith(formats.NIFTI) and p.name[0] != "." and p.is_file()]
     problems = [
         line
         for each in sorted({p.parent for p in files})

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+from nibabel.affines import voxel_sizes
 from tqdm import tqdm
 
 from sscl_jax import cli
@@ -29,7 +30,6 @@ from sscl_jax.data.prepared import (
 from sscl_jax.data.recipe import Recipe
 from sscl_jax.data.workers import Workers, map_ahead, spread
 
-NIFTI = (".nii.gz", ".nii")
 AFFINE_TOLERANCE = 1e-3  # relative to the voxel size: what float32 headers lose by rounding
 MANY_LABELS = 50  # different values in one mask, beyond which it may be an image
 SHEARED = ".*the affine is sheared"  # of `nifti.read_image`; the check tells it in its own list
@@ -92,7 +92,7 @@ def run(main: Callable[[list[str] | None], None]) -> None:
 def nifti_files(folder: Path) -> list[Path]:
     """NIfTI files of a folder, sorted; hidden ones, such as macOS leaves, are passed over."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [p for p in paths if p.name.lower().endswith(NIFTI) and p.name[0] != "."]
+    return [p for p in paths if p.name.lower().endswith(formats.NIFTI) and p.name[0] != "."]
 
 
 def scan_files(folder: Path) -> list[Path]:
@@ -179,7 +179,7 @@ def require_train(patients: dict[str, list[str]], present: Collection[str], spli
         )
 
 
-def few(names: Sequence[str | Path], most: int = 5) -> str:
+def few(names: Sequence[object], most: int = 5) -> str:
     """The first `most` names, and whether there are more."""
     return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
 
@@ -233,8 +233,8 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
             unknown = sorted(values.difference(allowed))
             if unknown:
                 problems.append(
-                    f"{source.label_path}: label values {_some(unknown)} are not among "
-                    f"{_some(allowed)}: correct the mask or the list of label values"
+                    f"{source.label_path}: label values {few(unknown, 8)} are not among "
+                    f"{few(allowed, 8)}: correct the mask or the list of label values"
                 )
         except (ValueError, OSError) as error:
             problems.append(_with_name(source.label_path, error))
@@ -255,9 +255,9 @@ def digest_of(array: np.ndarray) -> str:
 
 def _image_warnings(path: Path, array: np.ndarray, affine: np.ndarray) -> list[str]:
     """Odd geometry, and slices without content, of an image (X, Y, Z, C) that is not empty as a whole."""
-    doubtful = nifti.header_warning(path) if path.name.lower().endswith(NIFTI) else ""
+    doubtful = nifti.header_warning(path) if path.name.lower().endswith(formats.NIFTI) else ""
     found = [line for line in (nifti.shear_warning(path, affine), doubtful) if line]
-    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    sizes = voxel_sizes(affine)
     if sizes.min() < VOXEL_SIZES[0] or sizes.max() > VOXEL_SIZES[1]:
         text = " x ".join(f"{size:.4g}" for size in sizes)
         found.append(f"{path}: its voxels are {text} mm large: correct the header, its voxel sizes or their unit")
@@ -271,7 +271,7 @@ def _image_warnings(path: Path, array: np.ndarray, affine: np.ndarray) -> list[s
         empty = sorted(set(range(first, last + 1)).difference(filled.tolist()))
         if empty:
             found.append(
-                f"{path}: {len(empty)} of {array.shape[across]} slices hold one value only ({_some(empty)} along axis "
+                f"{path}: {len(empty)} of {array.shape[across]} slices hold one value only ({few(empty, 8)} along axis "
                 f"{across}): copy the file again, or cut them off if they pad it"
             )
     return found
@@ -284,7 +284,7 @@ def _label_warnings(path: Path, values: Collection[int]) -> list[str]:
         found.append(f"{path}: the mask is empty: if the scan holds a structure, draw it, or remove the mask")
     if len(values) > MANY_LABELS:
         found.append(f"{path}: {len(values)} different label values: make sure that it is no image")
-    if path.name.endswith((".nii", ".nii.gz")) and (kind := nibabel.load(path).get_data_dtype()).kind == "f":  # type: ignore[attr-defined]
+    if path.name.lower().endswith(formats.NIFTI) and (kind := nibabel.load(path).get_data_dtype()).kind == "f":  # type: ignore[attr-defined]
         found.append(f"{path}: the mask is stored as {kind}: read as whole numbers; an integer type says what it is")
     return found
 
@@ -304,7 +304,7 @@ def _label_problems(
             f"{source.label_path}: shape {label_shape}, but its image {source.image_paths[0]} has "
             f"{shape}: resample the mask to the image's grid"
         ]
-    voxel = np.linalg.norm(affine[:3, :3], axis=0)
+    voxel = voxel_sizes(affine)
     # Compared where it matters: at the corners of the volume, in voxels.
     corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij"), -1).reshape(-1, 3)
     offset = corners @ (label_affine - affine)[:3, :3].T + (label_affine - affine)[:3, 3]
@@ -320,10 +320,6 @@ def _label_problems(
     return []
 
 
-def _some(values: list) -> str:
-    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
-
-
 def _with_name(path: Path, error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if str(path) in text else f"{path}: {text}"
@@ -332,7 +328,7 @@ def _with_name(path: Path, error: Exception) -> str:
 def _anatomical_spacing(affine: np.ndarray) -> tuple[float, float, float]:
     """Voxel size (mm) along left-right, front-back and foot-head."""
     axes = nibabel.io_orientation(affine)[:, 0].astype(int)
-    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    sizes = voxel_sizes(affine)
     left_right, front_back, foot_head = (float(sizes[list(axes).index(i)]) for i in range(3))
     return left_right, front_back, foot_head
 

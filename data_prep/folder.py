@@ -14,7 +14,8 @@ The split is by patient. Say with --patient_pattern how a file name tells the pa
 images whose names are the same up to the first number, as p08_0 and p08_1, are kept together as one
 patient, which is told; and where no two are, every image is a patient of its own. Without --splits
 or a split column, patients with masks are drawn for val and test by a seeded hash of their id, so
-that a patient stays where it is when others come or go; patients without masks are for training.
+that a patient stays where it is when others come or go; patients without masks are for training,
+also those that --splits does not list.
 
 Slices are cut across the direction in which voxels are longest, if they are 1.5 times longer there
 than in both others: axial (orientation SPL, also for voxels that are nearly cubes), coronal (AIL)
@@ -97,7 +98,7 @@ def prepare(
       input_dir: folder with images/ and labels/; this or `csv_file`.
       csv_file: list of files.
       patient_pattern: regular expression, for file names; its first group is the patient.
-      splits: split file; None = the split column, else the draw by fractions.
+      splits: split file, see `read_splits`; None = the split column, else the draw by fractions.
       val_fraction: chance of a patient with masks to be drawn for val, 0..1.
       test_fraction: the same for test.
       seed: of the draw and of the order of train patients.
@@ -135,13 +136,10 @@ def prepare(
     problems += more
     sources = to_sources(scans, channels)
     wrong: list[str] = []  # with the splits, whatever cases are left out
-    if splits is not None:
-        patients = listed
-        common.tell_missing(patients, {source.patient_id for source in sources}, splits)
-    elif any(scan.split for scan in scans):
+    if any(scan.split for scan in scans):
         patients, wrong = listed_splits(sources)
     else:
-        patients, wrong = draw_splits(sources, val_fraction, test_fraction, seed)
+        patients, wrong = take_splits(sources, splits, val_fraction, test_fraction, seed)
     sources = common.put_into_splits(sources, patients)
     sources, facts, skipped = common.check_cases(
         sources, label_values, problems + wrong, skip_bad and not wrong, output, workers

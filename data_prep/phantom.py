@@ -405,14 +405,13 @@ def _draw_appearance(rng: np.random.Generator) -> dict:
 # -------------------------------------------------------------------------------------- rasterising
 
 
-def rasterise(anatomy: Anatomy, subsamples: tuple[int, int, int] = SUBSAMPLES) -> dict[str, np.ndarray]:
+def rasterise(anatomy: Anatomy) -> dict[str, np.ndarray]:
     """Tissue at every sub-voxel of the patient's grid, in both phases; only the heart differs.
 
     Returns:
-      For "ED" and "ES", (Z, sz, X * sx, Y * sy) uint8 of `Tissue`, where `subsamples` is
-      (sz, sx, sy) points per voxel.
+      For "ED" and "ES", (Z, sz, X * sx, Y * sy) uint8 of `Tissue`, with (sz, sx, sy) of `SUBSAMPLES`.
     """
-    sz, sx, sy = subsamples
+    sz, sx, sy = SUBSAMPLES
     columns, rows, slices = anatomy.shape
     dx, dy, dz = anatomy.spacing
     across = ((np.arange(columns * sx) + 0.5) / sx - columns / 2).astype(np.float32) * np.float32(dx)

@@ -7,6 +7,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+# Terms of the loss that use scans without labels; each has a `weight`.
+UNLABELED_TERMS = ("contrast", "consistency", "pseudo_label")
 # Fields on which no figure of a training depends.
 IDLE_FIELDS = (
     "data.path",

@@ -162,7 +162,6 @@ def with_class_means(keys: jax.Array, drawn: Drawn, num_classes: int) -> tuple[j
 
 
 def grid_cell(position: jax.Array, cells: int) -> jax.Array:
-    """Cell of a `cells` x `cells` (x `cells`) grid: position (..., rank) in [0, 1] to (...) int32."""
+    """Cell of a `cells` x `cells` grid: position (..., 2) in [0, 1] to (...) int32."""
     index = jnp.clip(jnp.floor(position * cells).astype(jnp.int32), 0, cells - 1)
-    strides = jnp.array([cells**i for i in range(position.shape[-1])][::-1], jnp.int32)
-    return jnp.sum(index * strides, axis=-1)
+    return index[..., 0] * cells + index[..., 1]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from nibabel.affines import voxel_sizes
 from scipy import ndimage
 
 from sscl_jax import cli, metrics, parallel
@@ -260,7 +261,7 @@ def write_case_table(
 def mask_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Path]]:
     """(case id, prediction, reference) of two folders, paired by relative path.
 
-    Masks are of any format that `predict` reads from one file. A reference may carry `_gt`, `_label`, `_seg` or `_mask`
+    Masks are of any format that `predict` reads from one file. A reference may carry one of `formats.MASK_ENDINGS`
     behind the scan's name. Every reference needs a prediction, and every prediction a reference, since it would
     silently not count; scans that lie beside references are passed over, and so are hidden files.
 
@@ -274,7 +275,7 @@ def mask_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Pat
             raise FileNotFoundError(f"{folder}: no such folder.")
         files = sorted(p for p in folder.rglob("[!.]*") if p.name.lower().endswith(formats.SUFFIXES) and p.is_file())
         if not files:
-            raise FileNotFoundError(f"{folder}: no .nii or .nii.gz file there.")
+            raise FileNotFoundError(f"{folder}: no mask there ({', '.join(formats.SUFFIXES)}).")
         named: dict[str, Path] = {}
         for path in files:
             first = named.setdefault(str(path.relative_to(folder).with_name(formats.stem(path))), path)
@@ -325,7 +326,7 @@ def evaluate_folders(predictions: Path, references: Path) -> tuple[list[str], li
         (p, p_affine), (r, r_affine) = formats.read_label(predicted), formats.read_label(reference)
         if p.shape != r.shape:
             raise ValueError(f"{predicted}: shape {p.shape}, but {reference} has {r.shape}: put both on one grid.")
-        spacing = tuple(np.linalg.norm(r_affine[:3, :3], axis=0).tolist())
+        spacing = tuple(voxel_sizes(r_affine).tolist())
         if not np.allclose(p_affine, r_affine, atol=1e-3):
             raise ValueError(f"{predicted}: its affine is not that of {reference}: they are not the same grid.")
         p, r = (recipes.map_labels(array, ordered) for array in (p, r))
@@ -363,7 +364,7 @@ def heading(network: Any, split: str, cases: Sequence[Case]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `sscl-evaluate`."""
-    from sscl_jax import experiment  # imported here, since training imports this file
+    from sscl_jax import experiment  # imported here: folders of masks need no checkpoint, nor what reads them
 
     parser = cli.make_parser("sscl_jax.evaluate", __doc__)
     parser.add_argument("--checkpoint", help="--workdir of a training: measure its student and teacher")

@@ -13,11 +13,21 @@ from ml_collections import ConfigDict
 
 from sscl_jax import parallel, train_step
 from sscl_jax.checkpoint import Checkpoints
+from sscl_jax.config_fields import UNLABELED_TERMS
 from sscl_jax.data.recipe import Recipe
 from sscl_jax.models import UNet
 from sscl_jax.train_state import TrainState, create_train_state
 
 NETWORKS = ("student", "teacher")
+CHOICES = {
+    "contrast.sampler": ("anatomical", "region", "both"),
+    "contrast.positives": ("pixels", "means"),
+    "teacher.scope": ("network", "encoder"),
+    "eval.select": ("teacher", "student"),
+    "eval.largest_component": ("none", "class", "foreground"),
+    "model.norm": ("group", "batch"),
+    "model.dtype": ("float32", "bfloat16"),
+}
 
 
 def check_config(config: ConfigDict) -> None:
@@ -37,59 +47,29 @@ def check_config(config: ConfigDict) -> None:
     for field in ("steps", "log_every", "save_every", "eval.every", "data.labeled_batch", "data.unlabeled_batch",
                   "contrast.num_queries", "contrast.num_keys", "contrast.cells", "contrast.partitions"):  # fmt: skip
         require(get(field) >= 1, field, "must be at least 1")
-    for field in ("contrast.weight", "consistency.weight", "pseudo_label.weight"):
+    for field in (f"{term}.weight" for term in UNLABELED_TERMS):
         require(get(field) >= 0, field, "must be at least 0")
-    for field in ("contrast.threshold", "pseudo_label.threshold"):
+    for field in ("contrast.threshold", "pseudo_label.threshold", "augment.foreground",
+                  "augment.cutmix_probability", "augment.cutmix_labeled"):  # fmt: skip
         require(0 <= get(field) <= 1, field, "must lie in [0, 1]")
-    for field in ("foreground", "cutmix_probability", "cutmix_labeled"):
-        require(0 <= config.augment[field] <= 1, f"augment.{field}", "must lie in [0, 1]")
+    for field in ("teacher.decay", "eval.overlap", "eval.final_overlap"):
+        require(0 <= get(field) < 1, field, "must lie in [0, 1)")
+    for field, (*others, last) in CHOICES.items():
+        require(get(field) in (*others, last), field, f"choose {', '.join(map(repr, others))} or {last!r}")
     require(0 <= config.ramp <= 1, "ramp", "a share of the steps, 0 to 1")
     require(0 <= config.data.labeled_fraction <= 1, "data.labeled_fraction", "a share of the patients, 0 to 1")
     require(bool(config.data.path), "data.path", "name the folder that a data_prep command wrote")
     require(0 <= config.seed < 2**32, "seed", "choose 0 to 2**32 - 1")
     require(config.data.device_memory >= 0, "data.device_memory", "must not be negative")
     require(len(config.data.patch_size) in (2, 3), "data.patch_size", "give (H, W) or (D, H, W)")
-    factor = 2 ** (len(config.model.widths) - 1)
-    divisible = all(n > 0 and n % factor == 0 for n in config.data.patch_size)
-    require(
-        divisible,
-        "data.patch_size",
-        f"each must be a multiple of {factor} for {len(config.model.widths)} levels",
-    )
-    require(
-        len(config.augment.flip) == len(config.data.patch_size),
-        "augment.flip",
-        "give one value for each axis",
-    )
     levels = len(config.model.widths)
+    factor = 2 ** (levels - 1)
+    divisible = all(n > 0 and n % factor == 0 for n in config.data.patch_size)
+    require(divisible, "data.patch_size", f"each must be a multiple of {factor} for {levels} levels")
+    axes = len(config.data.patch_size)
+    require(len(config.augment.flip) == axes, "augment.flip", "give one value for each axis")
     require(0 <= config.contrast.level < levels, "contrast.level", f"choose 0 to {levels - 1}")
     require(config.contrast.temperature > 0, "contrast.temperature", "must be positive")
-    require(
-        config.contrast.sampler in ("anatomical", "region", "both"),
-        "contrast.sampler",
-        "choose 'anatomical', 'region' or 'both'",
-    )
-    require(
-        config.contrast.positives in ("pixels", "means"),
-        "contrast.positives",
-        "choose 'pixels' or 'means'",
-    )
-    require(
-        config.teacher.scope in ("network", "encoder"),
-        "teacher.scope",
-        "choose 'network' or 'encoder'",
-    )
-    require(0 <= config.teacher.decay < 1, "teacher.decay", "must lie in [0, 1)")
-    require(config.eval.select in ("teacher", "student"), "eval.select", "choose 'teacher' or 'student'")
-    for field in ("overlap", "final_overlap"):
-        require(0 <= config.eval[field] < 1, f"eval.{field}", "must lie in [0, 1)")
-    require(
-        config.eval.largest_component in ("none", "class", "foreground"),
-        "eval.largest_component",
-        "choose 'none', 'class' or 'foreground'",
-    )
-    require(config.model.norm in ("group", "batch"), "model.norm", "choose 'group' or 'batch'")
-    require(config.model.dtype in ("float32", "bfloat16"), "model.dtype", "choose 'float32' or 'bfloat16'")
     parallel.local_slice(config.data.labeled_batch)
     if uses_unlabeled(config):
         parallel.local_slice(config.data.unlabeled_batch)
@@ -104,7 +84,7 @@ def check_config(config: ConfigDict) -> None:
 
 def uses_unlabeled(config: ConfigDict) -> bool:
     """Whether any term of the loss looks at unlabelled images."""
-    return any(config[term].weight > 0 for term in ("contrast", "consistency", "pseudo_label"))
+    return any(config[term].weight > 0 for term in UNLABELED_TERMS)
 
 
 def make_model(config: ConfigDict, num_classes: int) -> UNet:
@@ -157,7 +137,7 @@ def make_weights(config: ConfigDict) -> dict[str, Callable[[jax.Array], jax.Arra
         term: train_step.sigmoid_ramp(config[term].weight, config.ramp * config.steps)
         if config[term].weight > 0
         else None
-        for term in ("contrast", "consistency", "pseudo_label")
+        for term in UNLABELED_TERMS
     }
 
 
@@ -175,17 +155,21 @@ def make_views(config: ConfigDict) -> train_step.Views:
     )
 
 
+def make_contrast(config: ConfigDict) -> train_step.Contrast:
+    """How pixels are contrasted."""
+    return train_step.Contrast(**{f.name: config.contrast[f.name] for f in dataclasses.fields(train_step.Contrast)})
+
+
 def make_step(config: ConfigDict, num_classes: int) -> Callable:
     """The training step, mapped over the devices."""
     weights = make_weights(config)
-    fields = (field.name for field in dataclasses.fields(train_step.Contrast))
     return parallel.parallel_step(
         train_step.make_train_step(
             make_model(config, num_classes),
             make_optimizer(config),
             patch=tuple(config.data.patch_size),
             views=make_views(config),
-            contrast_options=train_step.Contrast(**{name: config.contrast[name] for name in fields}),
+            contrast_options=make_contrast(config),
             contrast_weight=weights["contrast"],
             consistency_weight=weights["consistency"],
             pseudo_label_weight=weights["pseudo_label"],

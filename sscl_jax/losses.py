@@ -37,14 +37,14 @@ def dice_sums(probs: jax.Array, labels: jax.Array, weight: jax.Array) -> jax.Arr
     return jnp.stack([overlap, total])
 
 
-def soft_dice(sums: jax.Array, smooth: float = 1.0) -> jax.Array:
-    """(2 overlap + s) / (total + s) of each class, in (0, 1] (Milletari et al., 2016, with a linear denominator).
+def soft_dice(sums: jax.Array) -> jax.Array:
+    """(2 overlap + 1) / (total + 1) of each class, in (0, 1] (Milletari et al., 2016, with a linear denominator).
 
-    The sums run over the whole batch, since a slice often lacks a class, and `smooth` (in pixels) makes a class
-    absent from both a perfect match instead of 0 / 0.
+    The sums run over the whole batch, since a slice often lacks a class, and the 1 (pixel) makes a class absent from
+    both a perfect match instead of 0 / 0.
     """
     overlap, total = sums
-    return (2.0 * overlap + smooth) / (total + smooth)
+    return (2.0 * overlap + 1.0) / (total + 1.0)
 
 
 def dice_loss(dice: jax.Array) -> jax.Array:

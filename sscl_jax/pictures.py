@@ -3,33 +3,28 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure  # without pyplot, whose backend is the user's
+from matplotlib.lines import Line2D
 
 from sscl_jax.data import recipe as recipes
 from sscl_jax.data.prepared import PreparedDataset
 from sscl_jax.evaluate import CaseResult
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.lines import Line2D  # noqa: E402
-
 COLOURS = (
     "#e6550d", "#31a354", "#3182bd", "#756bb1", "#e7298a", "#e6ab02", "#17becf",
     "#8c564b", "#99d8c9", "#08519c", "#fb9a99", "#bcbd22", "#67000d",
 )  # fmt: skip
+SLICES = 6  # of a case, at most: evenly spaced over those that hold reference or prediction
 
 
-def write_overlays(
-    folder: Path, results: Sequence[CaseResult], dataset: PreparedDataset, slices: int = 6
-) -> list[Path]:
+def write_overlays(folder: Path, results: Sequence[CaseResult], dataset: PreparedDataset) -> list[Path]:
     """Draws best, median and worst case by mean Dice: slices with reference and prediction as outlines.
 
     Args:
       folder: where the PNG files go; made if absent, earlier pictures in it are replaced.
       results: evaluated cases.
       dataset: gives images and labels.
-      slices: at most so many, evenly spaced over those that hold reference or prediction.
 
     Returns:
       The files written.
@@ -45,7 +40,7 @@ def write_overlays(
     paths = []
     for rank, index in chosen.items():
         paths.append(folder / f"{rank}_{results[index].case.case_id}.png")
-        _draw_case(paths[-1], results[index], dataset, slices, f"{rank} of {len(order)} cases")
+        _draw_case(paths[-1], results[index], dataset, f"{rank} of {len(order)} cases")
     return paths
 
 
@@ -62,7 +57,8 @@ def write_features(path: Path, features: np.ndarray, labels: np.ndarray, class_n
     x = x - x.mean(axis=0)
     _, sizes, axes = np.linalg.svd(x, full_matrices=False)
     points = x @ axes[:2].T
-    figure, axis = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axis = figure.subplots()
     for c, name in enumerate(class_names):
         colour = COLOURS[(c - 1) % len(COLOURS)] if c else "#999999"
         axis.plot(*points[labels == c].T, "o", ms=2, alpha=0.3, color=colour)
@@ -72,20 +68,23 @@ def write_features(path: Path, features: np.ndarray, labels: np.ndarray, class_n
     axis.set_ylabel(f"second axis, {100 * share[1]:.0f} %")
     axis.legend(fontsize=8, frameon=False, loc="best")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-def _draw_case(path: Path, result: CaseResult, dataset: PreparedDataset, slices: int, title: str) -> None:
+def _draw_case(path: Path, result: CaseResult, dataset: PreparedDataset, title: str) -> None:
     case, recipe = result.case, dataset.recipe
     image = dataset.image(case.index)[..., 0]
     reference = dataset.label(case.index)
     values = recipes.unmap_labels(result.prediction, recipe.label_values)
     prediction = recipes.prepare_label(values, case.grid, recipe)
-    shown = np.flatnonzero(((reference > 0) | (prediction > 0)).any((1, 2)))
-    shown = shown[np.unique(np.round(np.linspace(0, len(shown) - 1, slices)).astype(int))]
-    box = _around(np.any((reference > 0) | (prediction > 0), axis=0), margin=12)
+    found = (reference > 0) | (prediction > 0)
+    if not found.any():  # so few voxels that the prepared grid, which may be coarser, shows none
+        found = np.ones_like(found)
+    shown = np.flatnonzero(found.any((1, 2)))
+    shown = shown[np.unique(np.round(np.linspace(0, len(shown) - 1, SLICES)).astype(int))]
+    box = _around(found.max(axis=0), margin=12)
 
-    figure, axes = plt.subplots(1, len(shown), figsize=(2.6 * len(shown), 3.4), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(2.6 * len(shown), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)
     low, high = np.percentile(image, (1, 99.5))
     for axis, z in zip(axes[0], shown, strict=True):
         axis.imshow(
@@ -114,7 +113,6 @@ def _draw_case(path: Path, result: CaseResult, dataset: PreparedDataset, slices:
     handles += [Line2D([], [], color="gray", ls=s, label=n) for s, n in (("-", "reference"), ("--", "prediction"))]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _around(mask: np.ndarray, margin: int) -> tuple[slice, ...]:

@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
-from sscl_jax import cli, compare
+from sscl_jax import cli, compare, config_fields
 from sscl_jax.pictures import COLOURS
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 # Panels of the curves: title, columns of metrics.csv.
 CURVES = (
@@ -41,7 +40,6 @@ CURVES = (
 )
 ROLES = ("labelled", "unlabelled", "val", "test")
 NETWORKS = ("teacher", "student")
-TERMS = ("contrast", "consistency", "pseudo_label")  # of the loss that use scans without labels
 NOTE = (
     "Mean ± standard deviation over the n cases in which the class is in reference or prediction. Flagged: in one of "
     "them only, scored as Dice 0 and distance = image diagonal. On the scans' own grid."
@@ -167,7 +165,7 @@ def _first_screen(run: Run) -> list[str]:
 
 def uses_unlabeled(run: Run) -> bool:
     """Whether a term of the loss uses scans without labels."""
-    return any(run.config[term]["weight"] for term in TERMS)
+    return any(run.config[term]["weight"] for term in config_fields.UNLABELED_TERMS)
 
 
 def _labelled(run: Run) -> int:
@@ -275,7 +273,8 @@ def _class_table(tables: dict[str, compare.Rows]) -> str:
 def _strip_plot(rows: compare.Rows, split: str) -> str:
     classes = list(dict.fromkeys(key.label for key in rows))
     values = compare.counted(rows, "dice", "label")
-    figure, axis = plt.subplots(figsize=(7.5, 0.6 + 0.45 * len(classes)), layout="constrained")
+    figure = Figure(figsize=(7.5, 0.6 + 0.45 * len(classes)), layout="constrained")
+    axis = figure.subplots()
     for place, name in enumerate(classes):
         points = np.array(values.get(name, []))
         offsets = 0.28 * np.sin(2.4 * np.arange(points.size))  # not by chance: the same report every time
@@ -318,9 +317,9 @@ def _curves(run: Run) -> list[str]:
             panels.append((title, lines))
     if not panels:
         return []
-    figure, axes = plt.subplots(
-        (len(panels) + 1) // 2, 2, figsize=(9, 2.3 * ((len(panels) + 1) // 2)), layout="constrained", squeeze=False
-    )
+    rows = (len(panels) + 1) // 2
+    figure = Figure(figsize=(9, 2.3 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False)
     for axis in axes.ravel()[len(panels) :]:
         axis.set_axis_off()
     for axis, (title, lines) in zip(axes.ravel(), panels, strict=False):
@@ -346,16 +345,7 @@ def _background(run: Run) -> list[str]:
         about.append(["training time", f"{facts['seconds'] / 60:.1f} min, {run.config['steps']} steps"])
         about.append(["peak memory", f"{facts['peak_memory_gib']:.2f} GiB"])
         about.append(["checkpoint measured", f"step {facts['checkpoint']}"])
-    fields: list[list[str]] = []
-
-    def visit(prefix: str, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            if isinstance(value, dict):
-                visit(f"{prefix}{name}.", value)
-            else:
-                fields.append([prefix + name, json.dumps(value)])
-
-    visit("", run.config)
+    fields = [[name, json.dumps(value)] for name, value in config_fields.flat_config(ConfigDict(run.config)).items()]
     config = _table(["field", "value"], fields, text=True)
     return [
         "<h2>Patients</h2>",
@@ -388,14 +378,13 @@ def _png(path: Path, description: str) -> str:
     return f'<img alt="{_text(description)}" src="data:image/png;base64,{data}">'
 
 
-def _svg(figure: plt.Figure) -> str:
+def _svg(figure: Figure) -> str:
     """The figure as inline SVG whose black is the page's text colour, so that it suits light and dark."""
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sscl_jax", "font.family": "sans-serif"}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    plt.close(figure)
     text = file.getvalue()
     return text[text.index("<svg") :].replace("#000000", "currentColor")
 

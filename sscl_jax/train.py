@@ -176,7 +176,7 @@ def _train(
             memory["seconds"] += now - mark
             speed, mark, mark_step = (done - mark_step) * images / max(now - mark, 1e-9), now, done
             row: dict[str, Any] = {}
-            if at_eval and not stopping:
+            if at_eval:
                 host = parallel.to_host(state)
                 variables = experiment.network_variables(host, config.eval.select)
                 results = evaluate.evaluate_cases(predict, variables, dataset, roles.val, largest, threshold)
@@ -213,8 +213,8 @@ def _train(
                     name = signal.Signals(stopping).name
                     print(f"stopped by {name} at step {done}; saved. Run the same command to go on.")
                 sys.exit(128 + stopping)
-        if caught:  # during the last step, which is saved
-            sys.exit(128 + caught[0])
+        if stopping := parallel.agreed(caught[0] if caught else 0):  # during the last step, which is saved
+            sys.exit(128 + stopping)
     log.close()
     return _final_tables(config, workdir, dataset, roles, memory["seconds"])
 

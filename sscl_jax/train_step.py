@@ -220,12 +220,6 @@ def make_train_step(
     samplers = ("anatomical", "region") if contrast_options.sampler == "both" else (contrast_options.sampler,)
     uses_unlabeled = any((contrast_weight, consistency_weight, pseudo_label_weight))
 
-    def apply(params, stats, images, train):
-        variables = {"params": params, "batch_stats": stats}
-        if train:
-            return model.apply(variables, images, train=True, mutable=["batch_stats"])
-        return model.apply(variables, images)
-
     def project(params, features, drawn):
         flat = features.reshape(features.shape[0], -1, features.shape[-1])
         return model.apply({"params": params}, flat[drawn.image, drawn.pixel], method="project")
@@ -307,8 +301,8 @@ def make_train_step(
             weak = unlabeled["weak"]
             if contrast_weight and contrast_options.labeled:
                 weak = jnp.concatenate([labeled["weak"], weak])
-            teacher_logits, teacher_features = apply(state.teacher, state.teacher_stats, weak, False)
-            teacher_logits, teacher_features = jax.lax.stop_gradient((teacher_logits, teacher_features))
+            teacher = {"params": state.teacher, "batch_stats": state.teacher_stats}
+            teacher_logits, teacher_features = jax.lax.stop_gradient(model.apply(teacher, weak))
             teacher_probs = jax.nn.softmax(teacher_logits[-unlabeled["weak"].shape[0] :])
 
             # 3. What the student is asked to find: views, targets and positions mixed alike.
@@ -333,7 +327,8 @@ def make_train_step(
             images = labeled["strong"]
             if uses_unlabeled:
                 images = jnp.concatenate([images, mixed["strong"]])
-            (logits, features), updated = apply(student, state.student_stats, images, True)
+            variables = {"params": student, "batch_stats": state.student_stats}
+            (logits, features), updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
 
             ones = jnp.ones(labeled["label"].shape)
             loss, competence = segmentation_loss(

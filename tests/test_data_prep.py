@@ -383,10 +383,10 @@ def test_split_file(any_folder, tmp_path, capsys):
     file = tmp_path / "s.json"
     file.write_text(json.dumps({"train": ["p7", "p0"], "val": ["p1"], "test": ["p99"]}))
     dataset = folder.prepare(tmp_path / "out", any_folder, splits=file, patient_pattern=r"^(p\d+)_")
-    assert dataset.patients == {"train": ["p7", "p0"], "val": ["p1"], "test": []}
+    assert dataset.patients == {"train": ["p7", "p0", "p5"], "val": ["p1"], "test": []}  # p5 has no mask
     told = capsys.readouterr().out
     assert "missing: 1 of 1 test patients (p99)" in told
-    assert "ignored: 5 patients that are in no split" in told
+    assert "ignored: 4 patients that are in no split (p2, p3, p4, p6)" in told
 
 
 @pytest.mark.parametrize(

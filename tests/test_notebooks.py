@@ -35,6 +35,9 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = "".join(json.dumps(output) for cell in notebook.cells for output in cell.get("outputs", ()))
     assert "report.html" in printed
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and "plt.show()" in cell.source:
+            assert any("image/png" in output.get("data", {}) for output in cell.outputs), cell.source
 
 
 def test_versions_are_pinned_to_those_tried():

@@ -4,10 +4,13 @@ import csv
 import json
 import re
 
+import nibabel as nib
 import numpy as np
 import pytest
+from matplotlib import image
 
-from sscl_jax import evaluate, pictures, report
+from data_prep import folder
+from sscl_jax import config_fields, evaluate, metrics, pictures, report
 
 
 def make_run(workdir, dice, split="val", used="contrast"):
@@ -46,7 +49,7 @@ def make_run(workdir, dice, split="val", used="contrast"):
     }  # fmt: skip
     (workdir / "run.json").write_text(json.dumps(facts))
     config = {"method": workdir.name, "seed": 0, "steps": 3, "data": {"labeled_patients": 2}}
-    config |= {term: {"weight": float(term == used)} for term in report.TERMS}
+    config |= {term: {"weight": float(term == used)} for term in config_fields.UNLABELED_TERMS}
     (workdir / "config.json").write_text(json.dumps(config))
     return workdir
 
@@ -85,7 +88,7 @@ def test_figures_are_those_of_the_table(tmp_path):
 def test_unlabelled_patients_that_a_method_does_not_use_are_called_so(tmp_path):
     page = report.write_report(make_run(tmp_path / "supervised", DICE, used="")).read_text()
     assert page.count("not used by this method") == 1 and "unlabelled patients (4 cases), not used by this" in page
-    for term in report.TERMS:
+    for term in config_fields.UNLABELED_TERMS:
         page = report.write_report(make_run(tmp_path / term, DICE, used=term)).read_text()
         assert "unlabelled patients (4 cases)<" in page and "not used" not in page
 
@@ -142,3 +145,18 @@ def test_comparison_is_paired_by_patient(tmp_path, capsys):
     (theirs / "val_cases.csv").unlink()
     with pytest.raises(SystemExit, match="no table of val"):
         report.main(["--workdir", str(ours), "--compare", str(theirs)])
+
+
+def test_a_structure_too_small_for_the_prepared_grid_is_drawn(tmp_path):
+    scan, mask = np.random.RandomState(0).rand(24, 24, 4).astype("f4"), np.zeros((24, 24, 4), "u1")
+    mask[9, 9, 2] = 1
+    for part, array in (("images", scan), ("labels", mask)):
+        (tmp_path / part).mkdir()
+        nib.save(nib.Nifti1Image(array, np.diag([1.0, 1.0, 5.0, 1.0])), tmp_path / part / "a.nii.gz")
+    dataset = folder.prepare(tmp_path / "prepared", tmp_path, spacing=[4.0], val_fraction=0, test_fraction=0)
+    (case,) = dataset.cases
+    assert mask.any() and not dataset.label(0).any()
+    missed = np.zeros_like(mask)
+    measured = metrics.case_metrics(missed, mask, 2, case.grid.native_spacing)
+    drawn = pictures.write_overlays(tmp_path / "out", [evaluate.CaseResult(case, missed, measured, (1, 0, 0))], dataset)
+    assert len(drawn) == 3 and all(image.imread(path).std() > 0 for path in drawn)

@@ -102,7 +102,7 @@ def make_header(shape: Sequence[int], affine: np.ndarray) -> nib.Nifti1Header:
 
 def stem(path: Path) -> str:
     """Name of a scan: of a file without its ending, of a folder as it is; in NFC, for macOS has accents otherwise."""
-    ending = next((e for e in (".nii.gz", *SUFFIXES) if path.name.lower().endswith(e)), "")
+    ending = next((e for e in SUFFIXES if path.name.lower().endswith(e)), "")
     name = path.name if path.is_dir() else path.name[: len(path.name) - len(ending)]
     return unicodedata.normalize("NFC", name)
 

@@ -371,7 +371,7 @@ def _prepare_case(source: CaseSource, recipe: Recipe) -> dict:
                 f"{source.label_path} has shape {values.shape}, its image {name} {array.shape[:3]}: they must be equal"
             )
         try:
-            native_label = recipes.map_labels(values, recipe.label_values).astype(np.uint8)
+            native_label = recipes.map_labels(values, recipe.label_values)
             label = recipes.prepare_label(values, grid, recipe)
         except ValueError as error:
             raise ValueError(f"{source.label_path}: {error}") from error
@@ -526,8 +526,7 @@ def _read_metadata(path: Path) -> dict:
 
 
 def _cache_elsewhere(inputs: str) -> Path:
-    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
-    return Path(tempfile.gettempdir()) / f"sscl_jax-{user}" / f"cache-{inputs[:32]}"
+    return Path(tempfile.gettempdir()) / f"sscl_jax-{os.getuid()}" / f"cache-{inputs[:32]}"
 
 
 def _read_index(cache: Path, inputs: str) -> list[dict] | None:
