@@ -14,8 +14,8 @@ The split is by patient. Say with --patient_pattern how a file name tells the pa
 images whose names are the same up to the first number, as p08_0 and p08_1, are kept together as one
 patient, which is told; and where no two are, every image is a patient of its own. Without --splits
 or a split column, patients with masks are drawn for val and test by a seeded hash of their id, so
-that a patient stays where it is when others come or go; patients without masks are for training,
-also those that --splits does not list.
+that a patient stays where it is when others come or go; patients without masks are for training.
+A file for --splits lists those too: whom it does not list is left out, which is told.
 
 Slices are cut across the direction in which voxels are longest, if they are 1.5 times longer there
 than in both others: axial (orientation SPL, also for voxels that are nearly cubes), coronal (AIL)
@@ -98,7 +98,7 @@ def prepare(
       input_dir: folder with images/ and labels/; this or `csv_file`.
       csv_file: list of files.
       patient_pattern: regular expression, for file names; its first group is the patient.
-      splits: split file, see `read_splits`; None = the split column, else the draw by fractions.
+      splits: split file, of all patients to use; None = the split column, else the draw by fractions.
       val_fraction: chance of a patient with masks to be drawn for val, 0..1.
       test_fraction: the same for test.
       seed: of the draw and of the order of train patients.
@@ -136,10 +136,13 @@ def prepare(
     problems += more
     sources = to_sources(scans, channels)
     wrong: list[str] = []  # with the splits, whatever cases are left out
-    if any(scan.split for scan in scans):
+    if splits is not None:
+        patients = listed
+        common.tell_missing(patients, {source.patient_id for source in sources}, splits)
+    elif any(scan.split for scan in scans):
         patients, wrong = listed_splits(sources)
     else:
-        patients, wrong = take_splits(sources, splits, val_fraction, test_fraction, seed)
+        patients, wrong = draw_splits(sources, val_fraction, test_fraction, seed)
     sources = common.put_into_splits(sources, patients)
     sources, facts, skipped = common.check_cases(
         sources, label_values, problems + wrong, skip_bad and not wrong, output, workers
@@ -334,16 +337,20 @@ def list_csv(file: Path) -> tuple[list[Scan], list[str]]:
 
 
 def join_patients(scans: list[Scan]) -> tuple[list[Scan], list[str]]:
-    """Makes scans one patient whose names agree up to the first number, as p08_0 and p08_1; a warning that says so.
+    """Makes scans one patient whose names agree up to the first number, as p08_0 and p08_1; a warning of what was done.
 
     Frames of one patient on both sides of a split would flatter every figure, so names that look alike are kept
-    together. Names that say nothing, img1, img2, ... or one patient's alone, stay as they are.
+    together. Names that say nothing, img1, img2, ... or one patient's alone, stay as they are, which is told too.
     """
     matches = {scan.case_id: re.match(PATIENT_NAME, scan.case_id) for scan in scans if not scan.patient}
     joined = {case: match[1] if match else case for case, match in matches.items()}
     number = len(set(joined.values()))
     if not 1 < number < len(joined):
-        return scans, []
+        told = (
+            f"each of the {len(joined)} images counts as a patient of its own; if that is wrong, say who is whose with "
+            "--patient_pattern, or in a column patient: one patient in two splits would flatter every figure"
+        )
+        return scans, [told] if len(joined) > 1 else []
     one = Counter(joined.values()).most_common(1)[0][0]
     example = [case for case, patient in joined.items() if patient == one]
     told = (
@@ -449,7 +456,7 @@ def draw_splits(
     A patient's place depends on its own id alone, so the sizes are only near the fractions.
 
     Returns:
-      Patients of each split; a problem for each part that was asked for and came out empty.
+      Patients of each split; a problem for each part that was asked for and has no patient with a mask.
     """
     labelled = {source.patient_id for source in sources if source.label_path is not None}
     everyone = {source.patient_id for source in sources}
@@ -461,17 +468,17 @@ def draw_splits(
         return "test" if chance < test_fraction else "val"
 
     fractions = {"train": 1.0, "val": val_fraction, "test": test_fraction}
-    wanted = {split for split in SPLITS if fractions[split] > 0}
+    wanted = {split for split in SPLITS if fractions[split] > 0 and (labelled or split != "train")}
     patients: dict[str, list[str]] = {split: [] for split in SPLITS}
     # By another hash, so that the first patients of train are a random draw as well.
     for patient in sorted(everyone, key=lambda p: _chance(seed, "order", p)):
         patients[split_of(patient, seed)].append(patient)
-    empty = [split for split in SPLITS if split in wanted and not patients[split]]
+    empty = [split for split in SPLITS if split in wanted and not labelled.intersection(patients[split])]
     if not empty:
         return patients, []
-    fitting = (s for s in range(1000) if wanted <= {split_of(p, s) for p in everyone})
+    fitting = (s for s in range(1000) if wanted <= {split_of(p, s) for p in labelled})
     seed_that_fits = next(fitting, None)
-    remedy = "change the fractions" if seed_that_fits is None else f"give --seed {seed_that_fits}"
+    remedy = "change the fractions (0 for none)" if seed_that_fits is None else f"give --seed {seed_that_fits}"
     return patients, [
         f"split: the draw put none of {len(labelled)} patients with masks into "
         f"{' and '.join(empty)}: {remedy}, or name the patients in a file for --splits"

@@ -170,6 +170,8 @@ def read_labels(content: dict[str, Any], path: Path) -> tuple[dict[int, str], li
             problems.append(
                 f"{path}: label {value} is background: masks must hold 0 there, map the values of the masks"
             )
+        if name in names.values():
+            problems.append(f"{path}: two labels are called {name!r}: rename one, or give the masks one value for both")
         names[int(value)] = name
     return {0: "background", **names}, problems
 

@@ -86,6 +86,17 @@ class Checkpoints:
         arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
         return self._manager.restore(step, args=arguments).meta
 
+    def drop_later(self, step: int) -> bool:
+        """Removes checkpoints of later steps than the one that a training goes on from; whether there were any."""
+        return parallel.from_main(lambda: self._drop_later(step))
+
+    def _drop_later(self, step: int) -> bool:
+        later = [each for each in self.steps() if each > step]
+        for each in later:
+            shutil.rmtree(self.folder / str(each))
+        self.__dict__.pop("_manager", None)  # it has read the folder
+        return bool(later)
+
     def newest(self) -> tuple[int, dict[str, Any]] | None:
         """Step and JSON values of the newest checkpoint that has readable ones; None if there is no checkpoint.
 
@@ -161,7 +172,7 @@ class Checkpoints:
             if aside.exists():  # of the same step, which was saved anew since
                 shutil.rmtree(aside)
             os.replace(self.folder / str(step), aside)
-            del self._manager  # it has read the folder
+            del self._manager  # likewise
 
 
 @functools.cache

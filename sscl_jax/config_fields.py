@@ -51,20 +51,24 @@ def differing_fields(one: dict[str, Any], other: dict[str, Any], free: Sequence[
 def check_same_training(
     config: ConfigDict,
     meta: dict[str, Any],
-    fingerprint: str,
+    data: dict[str, str],
     workdir: Path,
     free: Sequence[str] = FREE_FIELDS,
     option: str = "--workdir",
 ) -> None:
     """Refuses to go on with a training that had another config, but for the fields `free`, or other data.
 
+    `data` is `sampling.identity`, and `meta` what a training saved: its `config` and the same of its data.
+
     Raises:
       ValueError: lists the fields that differ.
     """
     saved, wanted = flat_config(ConfigDict(meta["config"])), flat_config(config)
     differences = [f"{n} was {was!r}, is {now!r}" for n, (was, now) in differing_fields(saved, wanted, free).items()]
-    if meta["fingerprint"] != fingerprint:
+    if meta["fingerprint"] != data["fingerprint"]:
         differences.append("the prepared data are others")
+    elif meta.get("labels", data["labels"]) != data["labels"]:  # a training of before this was saved has none
+        differences.append("the labelled or the val patients, or their masks, are others")
     if differences:
         raise ValueError(
             f"{workdir} holds a training with another config: {'; '.join(differences)}. Choose another {option}, "

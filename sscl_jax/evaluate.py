@@ -267,7 +267,7 @@ def mask_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Pat
 
     Raises:
       FileNotFoundError: a folder is missing or empty, or files lack a partner; names them.
-      ValueError: two files have one name, as a.nii and a.nii.gz.
+      ValueError: two files have one name, as a.nii and a.nii.gz, or two references one prediction.
     """
 
     def masks(folder: Path) -> dict[str, Path]:
@@ -294,6 +294,8 @@ def mask_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Pat
             continue  # the scan itself, beside its reference
         if partner not in predicted:
             raise FileNotFoundError(f"{path}: {predictions} has no prediction {partner}.nii.gz for it.")
+        if partner in used:
+            raise ValueError(f"{path}: another reference is of {predicted[partner]} too: keep one of them.")
         pairs.append((partner, predicted[partner], path))
         used.add(partner)
     if extra := sorted(predicted.keys() - used):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 from sscl_jax import parallel, train_step
 from sscl_jax.checkpoint import Checkpoints
-from sscl_jax.config_fields import UNLABELED_TERMS
+from sscl_jax.config_fields import FREE_FIELDS, UNLABELED_TERMS, flat_config
 from sscl_jax.data.recipe import Recipe
 from sscl_jax.models import UNet
 from sscl_jax.train_state import TrainState, create_train_state
@@ -45,7 +46,8 @@ def check_config(config: ConfigDict) -> None:
             raise ValueError(f"{field}={get(field)!r}: {remedy}.")
 
     for field in ("steps", "log_every", "save_every", "eval.every", "data.labeled_batch", "data.unlabeled_batch",
-                  "contrast.num_queries", "contrast.num_keys", "contrast.cells", "contrast.partitions"):  # fmt: skip
+                  "contrast.num_queries", "contrast.num_keys", "contrast.cells", "contrast.partitions",
+                  "model.projection_dim"):  # fmt: skip
         require(get(field) >= 1, field, "must be at least 1")
     for field in (f"{term}.weight" for term in UNLABELED_TERMS):
         require(get(field) >= 0, field, "must be at least 0")
@@ -58,6 +60,11 @@ def check_config(config: ConfigDict) -> None:
         require(get(field) in (*others, last), field, f"choose {', '.join(map(repr, others))} or {last!r}")
     require(0 <= config.ramp <= 1, "ramp", "a share of the steps, 0 to 1")
     require(0 <= config.data.labeled_fraction <= 1, "data.labeled_fraction", "a share of the patients, 0 to 1")
+    zoom, area = config.augment.scale, config.augment.cutmix_area
+    require(len(zoom) == 2 and 0 < zoom[0] <= zoom[1], "augment.scale", "give (least, greatest) zoom, above 0")
+    good = len(area) == 2 and 0 <= area[0] <= area[1] <= 1
+    require(good, "augment.cutmix_area", "give (least, greatest) share of a patch, 0 to 1")
+    require(min(config.model.widths, default=0) >= 1, "model.widths", "each must be at least 1")
     require(bool(config.data.path), "data.path", "name the folder that a data_prep command wrote")
     require(0 <= config.seed < 2**32, "seed", "choose 0 to 2**32 - 1")
     require(config.data.device_memory >= 0, "data.device_memory", "must not be negative")
@@ -228,6 +235,9 @@ def load_networks(workdir: Path, kind: str = "best") -> dict[str, Network]:
             continue
         meta = newest[1]
         config = ConfigDict(meta["config"])
+        if (shown := Path(workdir) / "config.json").is_file():  # of the last call, which may have changed free fields
+            flat = flat_config(ConfigDict(json.loads(shown.read_text(encoding="utf-8"))))
+            config.update_from_flattened_dict({name: flat[name] for name in FREE_FIELDS if name in flat})
         recipe = Recipe.from_dict(meta["recipe"])
         num_classes = len(recipe.label_values)
         restored = checkpoints.restore(empty_state(config, num_classes, meta["channels"]), set_aside=False)

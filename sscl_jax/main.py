@@ -46,6 +46,13 @@ def main(argv: list[str]) -> None:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         remedy = ": free some, then run the same command again, it goes on from the last checkpoint" if full else ""
         sys.exit(f"error: {' '.join(str(error).split())}{remedy}")
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("SSCL_TRACEBACK") or not parallel.out_of_memory(error):
+            raise
+        sys.exit(
+            f"error: out of memory ({' '.join(str(error).split())[:200]}): lower data.unlabeled_batch, "
+            "data.labeled_batch or data.patch_size, or set model.remat=True or data.device_memory=0."
+        )
     except KeyboardInterrupt:  # not while it trains: then it saves
         print("stopped", file=sys.stderr, flush=True)
         sys.stdout.flush()

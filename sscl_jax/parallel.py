@@ -54,7 +54,8 @@ def initialise_hosts(
         _join(coordinator, num_processes, process_id)
         _connect()
         return
-    several = int(os.environ.get("SLURM_NTASKS", os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))) > 1
+    # Of the step, which srun begins: SLURM_NTASKS is also set for a single process in a job of several tasks.
+    several = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))) > 1
     pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     if several or pod or distributed:
         _join()
@@ -206,6 +207,11 @@ def from_main(function: Callable[[], Any]) -> Any:
 def is_main_process() -> bool:
     """Whether this process writes the logs."""
     return jax.process_index() == 0
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that the memory of the host, or of a device, did not suffice."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def peak_memory() -> float:

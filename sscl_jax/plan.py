@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from sscl_jax import config_fields, evaluate, experiment, parallel, train
 from sscl_jax.checkpoint import Checkpoints
-from sscl_jax.data.sampling import classes_held
+from sscl_jax.data.sampling import classes_held, identity
 
 STEPS = 5  # timed, after one that compiles
 
@@ -35,7 +35,7 @@ def show_plan(config: ConfigDict, workdir: Path) -> None:
     start = 0
     if newest := Checkpoints(workdir, "last").newest():
         start, meta = newest
-        config_fields.check_same_training(config, meta, dataset.fingerprint, workdir)
+        config_fields.check_same_training(config, meta, identity(dataset, roles), workdir)
     tell = print if parallel.is_main_process() else lambda *_: None
     if parallel.is_main_process():
         train.describe(config, dataset, roles, classes_held(dataset, roles.labeled + roles.val), start)

@@ -204,6 +204,10 @@ def predict_scans(
             try:
                 if target.resolve() in originals:
                     raise ValueError(f"{target}: the mask would replace a scan; choose another --output.")
+                if target.is_file() and not target.is_symlink() and not _is_mask(target, network.recipe.label_values):
+                    raise ValueError(
+                        f"{target}: is no mask of this network's labels, so it stays; choose another --output."
+                    )
                 prepared = read_prepared(network, scan.paths)
             except Exception as raised:  # for its turn: the scans before it are not told yet
                 error = raised
@@ -221,6 +225,16 @@ def predict_scans(
         return outcome._replace(error=error, seconds=outcome.seconds + time.monotonic() - start)
 
     return workers.map_ahead(finish, map(read, scans), threads=2)
+
+
+def _is_mask(path: Path, label_values: Sequence[int]) -> bool:
+    """Whether a file can be a mask of an earlier call, since it holds nothing but these values."""
+    try:
+        image = nib.load(path)
+        whole = image.get_data_dtype().kind in "ui"  # type: ignore[attr-defined]
+        return whole and set(np.unique(image.dataobj)) <= set(label_values)  # type: ignore[attr-defined]
+    except (ValueError, OSError, nib.filebasedimages.ImageFileError):
+        return False
 
 
 def _tell_doubts(paths: Sequence[Path], warned: Sequence[str]) -> None:
@@ -260,6 +274,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     predict = evaluate.make_predictor(network.model, tuple(network.config.data.patch_size), args.overlap)
+    masks = args.output.resolve()
+    others = [scan for scan in scans if not scan.paths[0].parent.resolve().is_relative_to(masks)]
+    if others and len(others) < len(scans):  # such as the masks of an earlier call
+        print(f"left out: {len(scans) - len(others)} files in {args.output}, which is for the masks")
+        scans = others
     print(f"{network.path}, {network.name}: {len(scans)} scan(s)")
     failed = 0
     for outcome in predict_scans(network, predict, scans, args.output):
@@ -268,9 +287,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise outcome.error
             print(f"{outcome.mask}  {outcome.seconds:.2f} s", flush=True)
             _tell_doubts(outcome.scan.paths, outcome.warned)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not parallel.out_of_memory(error):
+                raise
             failed += 1
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            lacking = f"{outcome.scan.paths[0]}: out of memory: " if parallel.out_of_memory(error) else ""
+            print(f"error: {lacking}{error}", file=sys.stderr, flush=True)
     if failed:
         sys.exit(f"error: {failed} of {len(scans)} scans could not be segmented; the reasons are above.")
 

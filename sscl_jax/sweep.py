@@ -32,6 +32,7 @@ import numpy as np
 
 from sscl_jax import cli, compare, config_fields, report, train
 from sscl_jax import main as training
+from sscl_jax.data.sampling import identity
 
 Fields = dict[str, str]  # config field -> value, as on the command line
 
@@ -87,15 +88,16 @@ def check_run(workdir: Path, options: list[str]) -> None:
       ValueError, OSError: as `train.open_data`; or lists the fields that differ; or the folder cannot be read.
       SystemExit: there is no such config, method or field; says which.
     """
-    config, dataset, _ = train.open_data(training.read_config(options))
+    config, dataset, roles = train.open_data(training.read_config(options))
     if not (workdir / "report.html").is_file():
         return
     try:
         left = report.read_run(workdir)
-        meta = {"config": left.config, "fingerprint": left.run["fingerprint"]}
+        meta = {"fingerprint": left.run["fingerprint"], **left.run, "config": left.config}
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"{workdir} cannot be read ({error}): delete it, or choose another --output.") from error
-    config_fields.check_same_training(config, meta, dataset.fingerprint, workdir, config_fields.IDLE_FIELDS, "--output")
+    data = identity(dataset, roles)
+    config_fields.check_same_training(config, meta, data, workdir, config_fields.IDLE_FIELDS, "--output")
 
 
 def has_ended(workdir: Path, split: str) -> bool:
@@ -140,26 +142,27 @@ def write_results(output: Path, runs: Sequence[Fields], split: str) -> str:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows({n: f"{v:.4g}" if isinstance(v, float) else v for n, v in row.items()} for row in rows)
-    table = format_results(rows, split)
+    table = format_results(rows, split, runs)
     (output / "results.md").write_text(table, encoding="utf-8")
     return table
 
 
-def format_results(rows: Sequence[dict], split: str) -> str:
+def format_results(rows: Sequence[dict], split: str, runs: Sequence[Fields]) -> str:
     """A Markdown table, one line for each config: mean ± standard deviation over its repeats, where it has some.
 
-    The gain is over the first config on the same task: `TASK` fields equal, run by run.
+    The gain is over the first of the planned `runs` on the same task, that is with equal `TASK` fields, run by run;
+    where that one has not ended there is none, which is told.
     """
     columns = ("dice", "hd95_mm", "compactness", "separability", "pseudo_label_accuracy", "minutes")
     measured = {"revision", "labelled", *columns}
     groups: dict[str, list[dict]] = {}
-    first: dict[tuple, dict] = {}
+    base = {_task(fields): fields for fields in reversed(runs)}
+    first = {task: next((r for r in rows if fields.items() <= r.items()), None) for task, fields in base.items()}
     for row in rows:
         fields = (
             f"{n}={v}" for n, v in row.items() if not (n in measured or n in compare.REPEATS or n.startswith("dice_"))
         )
         groups.setdefault(", ".join(fields) or "base", []).append(row)
-        first.setdefault(_task(row), row)
 
     def spread(values: list[float]) -> str:
         if len(values) < 2:
@@ -172,9 +175,12 @@ def format_results(rows: Sequence[dict], split: str) -> str:
         "| --- " * 9 + "|",
     ]
     for name, group in groups.items():
-        gains = [row["dice"] - first[_task(row)]["dice"] for row in group if first[_task(row)] is not row]
+        pairs = ((row, first[_task(row)]) for row in group)
+        gains = [row["dice"] - against["dice"] for row, against in pairs if against and against is not row]
         dice, *others = (spread([row[column] for row in group if column in row]) for column in columns)
         lines.append(f"| {name} | {len(group)} | {dice} | {spread(gains)} | {' | '.join(others)} |")
+    if missing := [folder_name(base[task]) for task, row in first.items() if row is None]:
+        lines += ["", f"Not ended, so no gain over it: {', '.join(missing)}."]
     if len(revisions := dict.fromkeys(row["revision"] for row in rows)) > 1:
         lines += ["", f"Trained at different revisions of the code: {', '.join(revisions)}."]
     return "\n".join(lines) + "\n"

@@ -34,6 +34,7 @@ from sscl_jax.data.sampling import (
     assign_roles,
     canvas_shape,
     classes_held,
+    identity,
     patients_of_fraction,
     sample_order,
     unpredicted,
@@ -112,20 +113,23 @@ def _train(
     """See `train`; `held`: the classes of the labelled and the val cases."""
     # The state: restored, or new.
     last, best = Checkpoints(workdir, "last"), Checkpoints(workdir, "best")
+    data = identity(dataset, roles)
     memory: dict[str, Any] = {"pending": {}, "best": None, "seconds": 0.0, "unpredicted": {}}
     if restored := last.restore(experiment.empty_state(config, dataset.num_classes, dataset.channels)):
         state, meta = restored
-        config_fields.check_same_training(config, meta, dataset.fingerprint, workdir)
+        config_fields.check_same_training(config, meta, data, workdir)
         memory |= {name: meta[name] for name in memory if name in meta}
     else:
         state = experiment.make_state(config, dataset.num_classes, dataset.channels)
     start = int(state.step)
+    if best.drop_later(start):  # of a training that starts anew, or goes on from before a damaged checkpoint
+        memory["best"] = None
     state = parallel.replicate(state)
     meta = {
         "config": config_fields.plain_config(config),
         "recipe": dataset.recipe.to_dict(),
         "channels": dataset.channels,
-        "fingerprint": dataset.fingerprint,
+        **data,
     }
 
     main, alone = parallel.is_main_process(), jax.process_count() == 1
@@ -416,7 +420,7 @@ def _facts(dataset: PreparedDataset, roles: Roles) -> dict[str, Any]:
     packages = ("sscl_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "dataset": dataset.name,
-        "fingerprint": dataset.fingerprint,
+        **identity(dataset, roles),
         "recipe": dataset.recipe.to_dict(),
         "channels": dataset.channels,
         "roles": {

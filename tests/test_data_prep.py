@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -274,15 +275,15 @@ def _assert_disjoint(dataset):
 def test_masks_of_unlabelled_patients_may_be_deleted(any_folder, tmp_path):
     options = {**OPTIONS, "label_values": (0, 5, 9)}
     before = folder.prepare(tmp_path / "before", any_folder, **options)
-    for patient in before.patients["train"][1:]:
-        for path in (any_folder / "labels").glob(f"{patient}_*"):
+    first = next(case.patient_id for case in before.cases if case.split == "train" and case.has_label)
+    for patient in before.patients["train"]:
+        for path in () if patient == first else (any_folder / "labels").glob(f"{patient}_*"):
             path.unlink()
     after = folder.prepare(tmp_path / "after", any_folder, **options)
     assert after.fingerprint == before.fingerprint
     assert after.patients == before.patients
     files = [d.path / "cache" / "images.f32" for d in (before, after)]
     assert files[0].read_bytes() == files[1].read_bytes()
-    first = before.patients["train"][0]
     for case in before.cases:
         kept = case.split != "train" or case.patient_id == first
         assert after.cases[case.index].case_id == case.case_id
@@ -313,6 +314,23 @@ def test_draw_that_leaves_a_part_empty():
     assert not problems and all(patients.values())
     _, problems = folder.draw_splits(scans[:1], 0.2, 0.2, 0)
     assert "change the fractions" in problems[0]
+
+
+@pytest.mark.parametrize("labelled", [2, 3, 4])
+def test_a_draw_leaves_a_mask_for_training(labelled):
+    scans = folder.to_sources(
+        [folder.Scan(f"c{n}", Path("i"), Path("l") if n < labelled else None, f"p{n}") for n in range(labelled + 30)]
+    )
+    with_mask = {f"p{n}" for n in range(labelled)}
+    told = 0
+    for seed in range(60):
+        patients, problems = folder.draw_splits(scans, 0.2, 0.2, seed)
+        if problems and (said := re.search(r"--seed (\d+)", problems[0])):
+            told += 1
+            patients, problems = folder.draw_splits(scans, 0.2, 0.2, int(said[1]))
+            assert not problems
+        assert problems or all(with_mask.intersection(patients[split]) for split in SPLITS)
+    assert told if labelled > 2 else "change the fractions" in problems[0]
 
 
 def test_names_as_in_nnunet(tmp_path):
@@ -383,10 +401,10 @@ def test_split_file(any_folder, tmp_path, capsys):
     file = tmp_path / "s.json"
     file.write_text(json.dumps({"train": ["p7", "p0"], "val": ["p1"], "test": ["p99"]}))
     dataset = folder.prepare(tmp_path / "out", any_folder, splits=file, patient_pattern=r"^(p\d+)_")
-    assert dataset.patients == {"train": ["p7", "p0", "p5"], "val": ["p1"], "test": []}  # p5 has no mask
+    assert dataset.patients == {"train": ["p7", "p0"], "val": ["p1"], "test": []}
     told = capsys.readouterr().out
     assert "missing: 1 of 1 test patients (p99)" in told
-    assert "ignored: 4 patients that are in no split (p2, p3, p4, p6)" in told
+    assert "ignored: 5 patients that are in no split (p2, p3, p4, p5, p6)" in told
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,13 @@ def test_masks_pair_by_place_and_name(tmp_path):
     }
 
 
+def test_two_references_of_one_prediction_are_an_error(tmp_path):
+    for name in ("p/b", "r/b_gt", "r/b_seg"):
+        write(tmp_path / f"{name}.nii.gz", np.ones((2, 2, 2)))
+    with pytest.raises(ValueError, match=r"b_seg\.nii\.gz: another reference is of .*b\.nii\.gz too"):
+        evaluate.mask_pairs(tmp_path / "p", tmp_path / "r")
+
+
 def test_a_mask_without_partner_is_an_error(masks):
     (masks / "p" / "b.nii.gz").unlink()
     with pytest.raises(FileNotFoundError, match=r"b_gt\.nii\.gz.*no prediction"):

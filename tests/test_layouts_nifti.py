@@ -214,6 +214,7 @@ def test_msd_spellings_of_labels(labels, expected):
         ({"background": 0, "organ": 1.5}, "label 'organ' is 1.5"),
         ({"background": 0, "organ": True}, "label 'organ' is True"),
         ({"background": 0, "a": 1, "b": 1}, "labels 'a' and 'b' have the same value 1"),
+        ({"0": "background", "1": "a", "2": "a"}, "two labels are called 'a': rename one"),
         ({"background": 0, "a": 1, "ignore": 2}, 'label 2 is "ignore"'),
         ({"0": "organ", "1": "background"}, "label 1 is background: masks must hold 0 there"),
         (["background", "organ"], '"labels" is '),

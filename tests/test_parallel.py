@@ -35,6 +35,28 @@ def check():
                 np.testing.assert_array_equal(array, expected)
 
 
+@pytest.mark.parametrize(
+    ("environment", "joins"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "8"}, False),  # one process in a job of several tasks, without srun
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, False),  # an interactive step
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+    ],
+)
+def test_processes_that_srun_or_mpirun_started_join(environment, joins, monkeypatch):
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    joined = []
+    monkeypatch.setattr(parallel, "_join", lambda *args: joined.append(args))
+    monkeypatch.setattr(parallel, "_connect", lambda: None)
+    parallel.initialise_hosts()
+    assert joined == [()] * joins
+
+
 def check_from_main(index):
     calls = []
     value = np.array([-0.0, np.nan, 1e-40], "f4"), {"step": 3}  # a sum would lose the sign, or flush what is tiny

@@ -171,10 +171,42 @@ def test_predict_never_replaces_another_scan_either(stub, tmp_path, capsys):
     """The masks' folder leads back to the scans, so that one scan's mask would take the place of another."""
     scans = [write_scan(tmp_path / "in" / name, i) for i, name in enumerate(("a.nii.gz", "sub/a.nii.gz"))]
     before = files_of(tmp_path)
-    with pytest.raises(SystemExit, match="1 of 2 scans could not"):
-        run_predict(tmp_path / "in", tmp_path / "in" / "sub")
+    for source in (tmp_path / "in", tmp_path / "in" / "a.nii.gz"):
+        with pytest.raises(SystemExit, match="1 of 1 scans could not"):
+            run_predict(source, tmp_path / "in" / "sub")
+        assert "sub/a.nii.gz: is no mask of this network's labels, so it stays" in capsys.readouterr().err
+    run_predict(tmp_path / "in" / "sub", tmp_path / "in" / "sub" / "deep")
+    with pytest.raises(SystemExit, match="1 of 1 scans could not"):
+        run_predict(tmp_path / "in" / "a.nii.gz", tmp_path / "in")
     assert "would replace a scan" in capsys.readouterr().err
     assert all(path.read_bytes() == before[path] for path in scans)
+
+
+def test_masks_of_an_earlier_call_are_made_again_and_not_segmented(stub, tmp_path, capsys):
+    write_scan(tmp_path / "in" / "a.nii.gz")
+    for told in ("", "left out: 1 files in "):
+        run_predict(tmp_path / "in", tmp_path / "in" / "masks")
+        assert capsys.readouterr().out.startswith(told)
+        assert [p.name for p in (tmp_path / "in" / "masks").rglob("*")] == ["a.nii.gz"]
+
+
+def test_a_scan_for_which_memory_does_not_suffice_is_told_and_the_others_segmented(stub, tmp_path, capsys, monkeypatch):
+    for name in "abc":
+        write_scan(tmp_path / "in" / f"{name}.nii", ord(name))
+    segment = predict.segment_scan
+
+    def with_little(network, predict_, scan, output):
+        if output.name < "c.nii":
+            raise MemoryError if output.name == "a.nii" else RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        segment(network, predict_, scan, output)
+
+    monkeypatch.setattr(predict, "segment_scan", with_little)
+    with pytest.raises(SystemExit, match="2 of 3 scans could not"):
+        run_predict(tmp_path / "in", tmp_path / "out")
+    assert [line.split(": ")[1:3] for line in capsys.readouterr().err.splitlines()] == [
+        [str(tmp_path / "in" / f"{name}.nii"), "out of memory"] for name in "ab"
+    ]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["c.nii"]
 
 
 def test_a_name_that_is_not_unicode_is_segmented(stub, tmp_path):

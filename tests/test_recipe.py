@@ -415,6 +415,7 @@ def test_recipe_goes_through_json():
         {"label_values": (0, 1, 2, 2.5)},
         {"label_values": (0,)},
         {"class_names": ("bg", "a")},
+        {"class_names": ("bg", "a", "b", "a")},
     ],
 )
 def test_wrong_recipe_names_the_field(fields):

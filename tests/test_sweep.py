@@ -56,7 +56,8 @@ def test_table_by_hand():
     rows = [row("supervised", "0", "3", 80.0), row("supervised", "1", "3", 84.0), row("supervised", "0", "1", 50.0)]
     rows += [row("region", "0", "3", 83.0, pseudo_label_accuracy=90.0), row("region", "1", "3", 85.0)]
     rows += [row("region", "0", "1", 61.0), row("region", "7", "1", 61.5)]
-    lines = sweep.format_results(rows, "test").splitlines()
+    runs = [{name: r[name] for name in ("method", "seed", "data.labeled_patients")} for r in rows]
+    lines = sweep.format_results(rows, "test", runs).splitlines()
     assert "Dice %, test" in lines[0]
     assert lines[2:] == [
         "| method=supervised, data.labeled_patients=3 | 2 | 82 ± 2 |  | 4 ± 0 |  |  |  | 2 ± 0 |",
@@ -64,8 +65,12 @@ def test_table_by_hand():
         "| method=region, data.labeled_patients=3 | 2 | 84 ± 1 | 2 ± 1 | 4 ± 0 |  |  | 90 | 2 ± 0 |",
         "| method=region, data.labeled_patients=1 | 2 | 61.2 ± 0.25 | 11 | 4 ± 0 |  |  |  | 2 ± 0 |",
     ]
-    mixed = sweep.format_results([*rows, row("region", "8", "1", 60.0) | {"revision": "s"}], "test")
+    mixed = sweep.format_results([*rows[:-1], rows[-1] | {"revision": "s"}], "test", runs)
     assert mixed.endswith("|\n\nTrained at different revisions of the code: r, s.\n")
+    # The first config is the one to compare with, whether it has ended or not.
+    lines = sweep.format_results(rows[1:], "test", runs).splitlines()
+    assert lines[4] == "| method=region, data.labeled_patients=3 | 2 | 84 ± 1 | 1 | 4 ± 0 |  |  | 90 | 2 ± 0 |"
+    assert lines[-1] == "Not ended, so no gain over it: method=supervised,seed=0,data.labeled_patients=3."
 
 
 def command(phantom_data, output, *options):

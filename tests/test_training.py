@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import nibabel
@@ -21,7 +22,8 @@ from nibabel import orientations
 
 from configs import base
 from data_prep import acdc
-from sscl_jax import evaluate, experiment, plan, predict, train
+from sscl_jax import evaluate, experiment, parallel, plan, predict, train
+from sscl_jax import main as command
 from sscl_jax.checkpoint import Checkpoints
 from sscl_jax.data import nifti
 from sscl_jax.data.prepared import open_prepared
@@ -287,6 +289,26 @@ def test_a_damaged_last_checkpoint_costs_only_time(trained, tiny_config, no_tabl
     assert_same_training(tmp_path / "copy", trained[0], config)
 
 
+def test_a_training_that_starts_anew_keeps_no_best_checkpoint_of_the_old(trained, tiny_config, no_tables, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "checkpoints" / "last")  # as the error says, where none of them can be read
+    assert Checkpoints(tmp_path / "copy", "best").steps() == [120]
+    config = tiny_config(seed=1, steps=8, **{"eval.every": 4})
+    train.train(config, tmp_path / "copy")
+    (step,) = Checkpoints(tmp_path / "copy", "best").steps()
+    assert step in (4, 8) and state_of(tmp_path / "copy", config, "best")[1]["best"]["step"] == step
+
+
+def test_what_the_tables_were_made_with_is_what_evaluate_takes(trained, tiny_config, no_tables, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "copy")
+    shutil.copytree(tiny_config().data.path, tmp_path / "moved")
+    free = {"eval.final_overlap": 0.25, "data.path": str(tmp_path / "moved")}
+    train.train(tiny_config(**free), tmp_path / "copy")
+    for network in experiment.load_networks(tmp_path / "copy").values():
+        assert network.config.eval.final_overlap == 0.25 and network.config.data.path == str(tmp_path / "moved")
+        assert network.config.seed == 0
+
+
 def test_another_config_in_the_same_workdir_is_refused(trained, tiny_config, no_tables):
     workdir, _ = trained
     before = (workdir / "config.json").read_text()
@@ -378,23 +400,46 @@ def scramble(path):
 
 
 @pytest.fixture
-def train_with_changed_masks(tiny_config, no_tables, phantom_scans, phantom_data, tmp_path):
-    """Changes all masks of some parts (names of `Roles`), prepares and trains; returns folder and config."""
+def change_masks(tiny_config, phantom_scans, phantom_data, tmp_path):
+    """Changes all masks of some parts (names of `Roles`) and prepares; returns the config."""
 
     def run(change, *parts):
         roles = assign_roles(open_prepared(phantom_data), 2)
         patients = {case.patient_id for part in parts for case in getattr(roles, part)}
         shutil.copytree(phantom_scans, tmp_path / "scans")
         masks = [p for p in (tmp_path / "scans").rglob("*_gt.nii.gz") if p.parent.name in patients]
-        assert len(masks) == 2 * len(patients) == {1: 4, 3: 8}[len(parts)]
+        assert len(masks) == 2 * len(patients) == sum(4 if part.endswith("labeled") else 2 for part in parts)
         for path in masks:
             change(path)
         acdc.prepare(tmp_path / "scans", tmp_path / "prepared", splits=phantom_scans / "splits.json", spacing=6.0)
-        config = tiny_config(**{"data.path": str(tmp_path / "prepared")})
+        return tiny_config(**{"data.path": str(tmp_path / "prepared")})
+
+    return run
+
+
+@pytest.fixture
+def train_with_changed_masks(change_masks, no_tables, tmp_path):
+    """`change_masks`, then a training; returns its folder and config."""
+
+    def run(change, *parts):
+        config = change_masks(change, *parts)
         train.train(config, tmp_path / "run")
         return tmp_path / "run", config
 
     return run
+
+
+@pytest.mark.parametrize("part", ["labeled", "val", "unlabeled", "test"])
+def test_other_masks_in_the_same_workdir_are_refused_if_they_are_used(part, trained, change_masks, no_tables, tmp_path):
+    config = change_masks(scramble, part)
+    shutil.copytree(trained[0], tmp_path / "copy")
+    if part in ("labeled", "val"):
+        with pytest.raises(ValueError, match=r"the labelled or the val patients, or their masks, are others\. Choose"):
+            train.train(config, tmp_path / "copy")
+        with pytest.raises(ValueError, match="or their masks, are others"):
+            plan.show_plan(config, tmp_path / "copy")
+    else:
+        train.train(config, tmp_path / "copy")
 
 
 def test_labels_of_unlabelled_patients_change_no_bit(trained, train_with_changed_masks):
@@ -420,6 +465,33 @@ def test_roles_are_disjoint_in_patients(phantom_data):
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 9 bytes."),
+            "RESOURCE_EXHAUSTED: Out of memory all",
+        ),
+        (MemoryError("Unable to allocate"), "Unable to allocate"),
+    ],
+)
+def test_out_of_memory_is_one_line(error, told, monkeypatch):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(train, "train", fails)
+    monkeypatch.setattr(parallel, "keep_compiled", lambda: None)
+    for flag, value in {"_CONFIG": None, "_WORKDIR": "run", "_DRY_RUN": False, "_COORDINATOR": "",
+                        "_NUM_PROCESSES": 0, "_PROCESS_ID": -1, "_DISTRIBUTED": False}.items():  # fmt: skip
+        monkeypatch.setattr(command, flag, SimpleNamespace(value=value))
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["sscl_jax.main"])
+    assert str(stopped.value).startswith(f"error: out of memory ({told}") and "\n" not in str(stopped.value)
+    monkeypatch.setattr(train, "train", lambda *_: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        command.main(["sscl_jax.main"])
 
 
 def test_nan_in_a_scan_stops_and_names_it(tiny_config, no_tables, tmp_path, monkeypatch):
@@ -457,6 +529,12 @@ def test_nan_in_a_scan_stops_and_names_it(tiny_config, no_tables, tmp_path, monk
         ({"data.patch_size": (30, 32)}, r"data\.patch_size=\(30, 32\): each must be a multiple of 4"),
         ({"data.unlabeled_batch": 3}, r"data\.unlabeled_batch=3: CutMix pairs images"),
         ({"steps": 0}, "steps=0: must be at least 1"),
+        ({"augment.scale": (1.0,)}, r"augment\.scale=\(1\.0,\): give \(least, greatest\) zoom"),
+        ({"augment.scale": (0.0, 1.0)}, r"augment\.scale=\(0\.0, 1\.0\): .* above 0"),
+        ({"augment.cutmix_area": (0.1,)}, r"augment\.cutmix_area=\(0\.1,\): give \(least, greatest\) share"),
+        ({"augment.cutmix_area": (0.5, 0.2)}, r"augment\.cutmix_area=\(0\.5, 0\.2\)"),
+        ({"model.widths": (8, 0, 16)}, r"model\.widths=\(8, 0, 16\): each must be at least 1"),
+        ({"model.projection_dim": 0}, r"model\.projection_dim=0: must be at least 1"),
         ({"ramp": 1.5}, r"ramp=1\.5: a share of the steps, 0 to 1"),
         ({"contrast.level": 3}, r"contrast\.level=3: choose 0 to 2"),
         ({"contrast.sampler": "all"}, "choose 'anatomical', 'region' or 'both'"),

@@ -74,6 +74,10 @@ class Recipe:
             raise ValueError(f"label_values must be 2 to {_UNKNOWN} different numbers >= 0, got {values}")
         if len(self.class_names) != len(values):
             raise ValueError(f"class_names must be {len(values)}, one for each value, got {self.class_names}")
+        if len(set(self.class_names)) < len(values):  # tables are by name
+            raise ValueError(
+                f"class_names must differ, got {self.class_names}: give the masks one value for what is one class"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""

@@ -95,6 +95,21 @@ def classes_held(dataset: PreparedDataset, cases: list[Case]) -> dict[str, set[i
     return held
 
 
+def identity(dataset: PreparedDataset, roles: Roles) -> dict[str, str]:
+    """What a training must find unchanged to go on: `fingerprint`, of all but the labels, and `labels`.
+
+    The second is a sha256 of who is labelled or val, and of their labels, which it reads; no others are read.
+    """
+    digest = hashlib.sha256()
+    for role, cases in (("labelled", roles.labeled), ("val", roles.val)):
+        for case in cases:
+            digest.update(f"{role} {case.case_id}\n".encode())
+            digest.update(dataset.label(case.index).data)
+            if role == "val":
+                digest.update(dataset.native_label(case.index).data)
+    return {"fingerprint": dataset.fingerprint, "labels": digest.hexdigest()}
+
+
 def unpredicted(before: dict[str, int], wanted: set[int], predicted: set[int]) -> dict[str, int]:
     """How many evaluations in a row a class of the references was predicted in no case, by class; others are left out.
 
