@@ -52,8 +52,12 @@ class Findings(NamedTuple):
     warnings: list[str]
 
 
-def check(path: Path) -> list[Findings]:
+def check(path: Path, channels: bool = False) -> list[Findings]:
     """Recognises what `path` is and reads all of it: one data set, or one for each modality or form that is there.
+
+    Args:
+      path: file or folder.
+      channels: the fourth axis of an image of a plain folder or list holds its channels.
 
     Raises:
       FileNotFoundError, ValueError: it is nothing that can be checked, or a prepared dataset that cannot be opened.
@@ -67,17 +71,17 @@ def check(path: Path) -> list[Findings]:
     if (path / "dataset.json").is_file():
         return [check_msd(path)]
     if path.is_file() and path.suffix.lower() in (".csv", ".tsv"):
-        return [check_scans("CSV list", *folder.list_csv(path), [])]
+        return [check_scans("CSV list", *folder.list_csv(path), [], channels)]
     if (path / "images").is_dir() or (path / "imagesTr").is_dir():
         others = [f"{other}: is no scan: it is ignored" for other in folder.other_files(path)]
-        return [check_scans("folder of images and masks", *folder.list_folder(path), others)]
+        return [check_scans("folder of images and masks", *folder.list_folder(path), others, channels)]
     if any(path.glob("data/*.h5")) or any(path.glob("data/slices/*.h5")):
         return [check_ssl4mis(path)]
     if found := check_archives(path):
         return found
     scans, problems = list_nifti(path)
     if scans:
-        return [check_scans("folder of NIfTI files", scans, problems, [])]
+        return [check_scans("folder of NIfTI files", scans, problems, [], channels)]
     if path.is_file():
         raise ValueError(f"{path}: is no list that is known: save it as CSV, with the ending .csv")
     there = common.few([p.name for p in sorted(path.glob("*"))], NAMED)
@@ -189,13 +193,15 @@ def check_ssl4mis(path: Path) -> Findings:
     return check_sources("SSL4MIS", sources, names, problems, [told])
 
 
-def check_scans(kind: str, scans: Sequence[Scan], problems: Sequence[str], others: Sequence[str]) -> Findings:
-    """Reads listed scans."""
+def check_scans(
+    kind: str, scans: Sequence[Scan], problems: Sequence[str], others: Sequence[str], channels: bool
+) -> Findings:
+    """Reads listed scans; `channels`: see `check`."""
     joined, told = folder.join_patients(list(scans))
     named, more = folder.name_patients(joined, None)
-    sources = folder.to_sources(named)
+    sources = folder.to_sources(named, channels)
     more += folder.listed_splits(sources)[1]
-    return check_sources(kind, sources, None, [*problems, *more], [*others, *told])
+    return check_sources(kind, sources, None, [*problems, *more], [*others, *(told if joined != list(scans) else [])])
 
 
 def check_sources(
@@ -274,8 +280,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = cli.make_parser("data_prep.check", __doc__)
     parser.add_argument("path", type=Path, metavar="DIR", help="see above")
-    path = cli.parse(parser, argv).path
-    reports = [report(path, findings) for findings in check(path)]
+    parser.add_argument("--channels", action="store_true", help="the fourth axis of an image holds its channels")
+    args = cli.parse(parser, argv)
+    reports = [report(args.path, findings) for findings in check(args.path, args.channels)]
     print("\n\n".join(text for text, _ in reports))
     sys.exit(1 if any(errors for _, errors in reports) else 0)
 

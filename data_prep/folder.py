@@ -128,10 +128,14 @@ def prepare(
     if input_dir and (others := other_files(input_dir)):
         print(f"ignored: {len(others)} other files, such as {others[0].name}")
     listed = {} if splits is None else common.read_splits(splits)
-    if patient_pattern is None and not {p for ids in listed.values() for p in ids} & {scan.case_id for scan in scans}:
-        scans, told = join_patients(scans)
-        for line in told:
-            print(f"warning: {line}")
+    if patient_pattern is None:
+        ids = {patient for each in listed.values() for patient in each}
+        joined, told = join_patients(scans)
+        named, apart = (len(ids & {scan.patient or scan.case_id for scan in each}) for each in (joined, scans))
+        if splits is None or named > apart:  # a split file may list patients, or images
+            scans = joined
+            for line in told:
+                print(f"warning: {line}")
     scans, more = name_patients(scans, patient_pattern)
     problems += more
     sources = to_sources(scans, channels)

@@ -219,8 +219,12 @@ def list_sources(
       channels: their names.
       no_test_images, patient_pattern: see `prepare`.
     """
-    training, problems = list_training(base, content)
-    test, more = ([], []) if no_test_images else list_test(base, content)
+    training, problems = list_training(base, content, len(channels))
+    test, more = ([], []) if no_test_images else list_test(base, content, len(channels))
+    listed = {path for scan in test for path in channel_files(scan.image, len(channels))}
+    if test:
+        others = set(common.nifti_files(base / "imagesTs")) - listed
+        tell_ignored("other images of imagesTs that dataset.json does not list", others)
     problems += more + check_unlisted(base, training + test, len(channels))
     tell_oddities(base, training, content)
     scans, more = whole_cases([*(scan for scan in training if scan.label), *test], len(channels))
@@ -234,7 +238,7 @@ def list_sources(
     return sources, problems + more
 
 
-def list_training(base: Path, content: dict[str, Any]) -> tuple[list[Scan], list[str]]:
+def list_training(base: Path, content: dict[str, Any], channels: int) -> tuple[list[Scan], list[str]]:
     """Training cases as dataset.json lists them, or else as the folders hold them; problems, one line each.
 
     One that lacks its mask is among both.
@@ -243,7 +247,7 @@ def list_training(base: Path, content: dict[str, Any]) -> tuple[list[Scan], list
         scans, problems = _listed_training(base, content["training"])
     else:
         masks, problems = common.by_stem(common.nifti_files(base / "labelsTr"))
-        images = _first_channels(common.nifti_files(base / "imagesTr"), masks)
+        images = _first_channels(common.nifti_files(base / "imagesTr"), masks, channels)
         scans = [Scan(name, path, masks.get(name)) for name, path in images]
         if not scans:
             problems.append(f"{base / 'imagesTr'}: holds no .nii or .nii.gz file: put the images there")
@@ -266,10 +270,10 @@ def _listed_training(base: Path, entries: Any) -> tuple[list[Scan], list[str]]:
     return scans, problems
 
 
-def list_test(base: Path, content: dict[str, Any]) -> tuple[list[Scan], list[str]]:
+def list_test(base: Path, content: dict[str, Any], channels: int) -> tuple[list[Scan], list[str]]:
     """Images of `test`, or of the folder imagesTs if nothing is listed; problems, one line each."""
-    if "test" not in content:
-        images = _first_channels(common.nifti_files(base / "imagesTs"), ())
+    if not content.get("test"):
+        images = _first_channels(common.nifti_files(base / "imagesTs"), (), channels)
         return [Scan(name, path, None) for name, path in images], []
     entries = content["test"]
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
@@ -292,17 +296,17 @@ def _listed(image: Path, label: Path | None) -> Scan:
     return Scan(name, image, label)
 
 
-def _first_channels(images: Sequence[Path], masks: Collection[str]) -> list[tuple[str, Path]]:
+def _first_channels(images: Sequence[Path], masks: Collection[str], channels: int) -> list[tuple[str, Path]]:
     """Case name and first (or only) file of each image of a folder.
 
-    A name that ends in _0001 is a further channel if there is its _0000, unless a mask has all of that name.
+    A name that ends in _0001 is a further of the `channels` if there is its _0000, unless a mask has all of that name.
     """
     names = {formats.stem(path) for path in images}
     cases = []
     for path in images:
         name = formats.stem(path)
         channel = re.fullmatch(r"(.*)_(\d{4})", name)
-        if channel is None or name in masks or f"{channel[1]}_0000" not in names:
+        if channel is None or name in masks or f"{channel[1]}_0000" not in names or 0 < int(channel[2]) >= channels:
             cases.append((name, path))
         elif channel[2] == "0000":
             cases.append((channel[1], path))

@@ -1,5 +1,6 @@
 """From a config to the things it describes. Here the config ends: what is built takes plain values."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -235,8 +236,9 @@ def load_networks(workdir: Path, kind: str = "best") -> dict[str, Network]:
             continue
         meta = newest[1]
         config = ConfigDict(meta["config"])
-        if (shown := Path(workdir) / "config.json").is_file():  # of the last call, which may have changed free fields
-            flat = flat_config(ConfigDict(json.loads(shown.read_text(encoding="utf-8"))))
+        # Of the last call, which may have changed free fields. It is not needed, so it may be absent or damaged.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            flat = flat_config(ConfigDict(json.loads((Path(workdir) / "config.json").read_text(encoding="utf-8"))))
             config.update_from_flattened_dict({name: flat[name] for name in FREE_FIELDS if name in flat})
         recipe = Recipe.from_dict(meta["recipe"])
         num_classes = len(recipe.label_values)

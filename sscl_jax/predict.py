@@ -204,10 +204,8 @@ def predict_scans(
             try:
                 if target.resolve() in originals:
                     raise ValueError(f"{target}: the mask would replace a scan; choose another --output.")
-                if target.is_file() and not target.is_symlink() and not _is_mask(target, network.recipe.label_values):
-                    raise ValueError(
-                        f"{target}: is no mask of this network's labels, so it stays; choose another --output."
-                    )
+                if target.is_file() and not target.is_symlink() and not nifti.is_our_mask(target):
+                    raise ValueError(f"{target}: is no mask that predict wrote, so it stays; choose another --output.")
                 prepared = read_prepared(network, scan.paths)
             except Exception as raised:  # for its turn: the scans before it are not told yet
                 error = raised
@@ -225,16 +223,6 @@ def predict_scans(
         return outcome._replace(error=error, seconds=outcome.seconds + time.monotonic() - start)
 
     return workers.map_ahead(finish, map(read, scans), threads=2)
-
-
-def _is_mask(path: Path, label_values: Sequence[int]) -> bool:
-    """Whether a file can be a mask of an earlier call, since it holds nothing but these values."""
-    try:
-        image = nib.load(path)
-        whole = image.get_data_dtype().kind in "ui"  # type: ignore[attr-defined]
-        return whole and set(np.unique(image.dataobj)) <= set(label_values)  # type: ignore[attr-defined]
-    except (ValueError, OSError, nib.filebasedimages.ImageFileError):
-        return False
 
 
 def _tell_doubts(paths: Sequence[Path], warned: Sequence[str]) -> None:

@@ -157,7 +157,9 @@ def format_results(rows: Sequence[dict], split: str, runs: Sequence[Fields]) -> 
     measured = {"revision", "labelled", *columns}
     groups: dict[str, list[dict]] = {}
     base = {_task(fields): fields for fields in reversed(runs)}
-    first = {task: next((r for r in rows if fields.items() <= r.items()), None) for task, fields in base.items()}
+    names = {name for fields in runs for name in fields}
+    planned = [{name: value for name, value in row.items() if name in names} for row in rows]
+    first = {task: rows[planned.index(fields)] if fields in planned else None for task, fields in base.items()}
     for row in rows:
         fields = (
             f"{n}={v}" for n, v in row.items() if not (n in measured or n in compare.REPEATS or n.startswith("dice_"))

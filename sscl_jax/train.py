@@ -136,10 +136,12 @@ def _train(
     if main:
         describe(config, dataset, roles, held, start)
         if not start:  # what an earlier training left would be taken for this one's
-            for old in (p for split in ("val", "test") for p in workdir.glob(f"{split}_*")):
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-        (workdir / "config.json").write_text(json.dumps(meta["config"], indent=1), encoding="utf-8")
-        (workdir / "run.json").write_text(json.dumps(_facts(dataset, roles), indent=1), encoding="utf-8")
+            for split in ("val", "test"):
+                for name in ("cases.csv", "features.png"):
+                    (workdir / f"{split}_{name}").unlink(missing_ok=True)
+                shutil.rmtree(workdir / f"{split}_overlays", ignore_errors=True)
+        _write_json(workdir / "config.json", meta["config"])
+        _write_json(workdir / "run.json", _facts(dataset, roles))
     log = Log(workdir, start, main)
     step_fn = experiment.make_step(config, dataset.num_classes)
     patch = tuple(config.data.patch_size)
@@ -438,6 +440,13 @@ def _facts(dataset: PreparedDataset, roles: Roles) -> dict[str, Any]:
     }
 
 
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a file that others read, and that is whole under its name."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    os.replace(partial, path)
+
+
 def _revision() -> str:
     """Git commit of the source, with `-dirty` where files of it were changed; "" where this is an installed copy."""
     source = Path(__file__).resolve().parents[1]
@@ -517,7 +526,7 @@ def _final_tables(
     if parallel.is_main_process():
         peak = parallel.peak_memory()
         facts |= {"seconds": seconds, "peak_memory_gib": peak, "checkpoint": networks[0].path.name}
-        (workdir / "run.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        _write_json(workdir / "run.json", facts)
         page = report.write_report(workdir)
         model_card.write_card(workdir)
         print(f"\ntrained for {duration(seconds)}, peak memory {peak:.2f} GiB; look at {page}", flush=True)

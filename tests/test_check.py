@@ -450,6 +450,28 @@ def test_skip_bad_goes_on_and_records_what_it_left_out(acdc_folder, tmp_path, ca
     assert status == 0 and [each for each in lines if each.startswith("warning: left out when it was prepared")]
 
 
+def test_skip_bad_leaves_a_mask_for_training(tmp_path):
+    write_pairs(tmp_path, ["a", "b", "c"])
+    (tmp_path / "labels" / "c.nii.gz").unlink()
+    write(tmp_path / "labels" / "a.nii.gz", label(shape=(12, 10, 4)))
+    splits = tmp_path / "splits.json"
+    splits.write_text(json.dumps({"train": ["a", "c"], "val": ["b"]}))
+    with pytest.raises(common.Problems, match="that leaves no mask in train"):
+        folder.prepare(tmp_path / "out", tmp_path, skip_bad=True, splits=splits)
+    assert not (tmp_path / "out").exists()
+
+
+def test_channels_in_the_fourth_axis_are_checked_as_prepare_reads_them(tmp_path, capsys):
+    for name in "ab":
+        write(tmp_path / "images" / f"{name}.nii.gz", image(ord(name), (*SHAPE, 2)))
+        write(tmp_path / "labels" / f"{name}.nii.gz", label(ord(name)))
+    lines, status = checked(tmp_path, capsys)
+    assert status == 1 and any("4-D" in line for line in lines)
+    with pytest.raises(SystemExit) as left:
+        check.main([str(tmp_path), "--channels"])
+    assert left.value.code == 0, capsys.readouterr().out
+
+
 def test_skip_bad_cannot_skip_everything_nor_faulty_splits(tmp_path):
     write_pairs(tmp_path, ["a"])
     write(tmp_path / "labels" / "a.nii.gz", label(shape=(12, 10, 4)))

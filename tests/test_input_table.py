@@ -180,6 +180,14 @@ def test_a_split_file_may_name_images_and_one_patient_in_two_parts_is_named(tmp_
     assert dataset.patients == {"train": ["p08_0", "p08_1"], "val": ["p09_0"], "test": []}
 
 
+def test_a_split_file_that_lists_patients_is_understood_whatever_one_image_is_called(tmp_path):
+    base = write_pairs(tmp_path / "in", ["p01", "p02_0", "p02_1", "p03", "p05_0", "p05_1"], (6, 5, 2))
+    file = tmp_path / "s.json"
+    file.write_text(json.dumps({"train": ["p01", "p02"], "val": ["p03"], "test": ["p05"]}))
+    dataset = folder.prepare(tmp_path / "out", base, splits=file)
+    assert dataset.patients == {"train": ["p01", "p02"], "val": ["p03"], "test": ["p05"]} and len(dataset.cases) == 6
+
+
 def test_images_for_four_cases_and_labels_for_two(tmp_path):
     base = write_pairs(tmp_path / "in", ["a", "b", "c", "d"])
     for name in ("b", "d"):

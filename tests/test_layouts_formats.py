@@ -101,6 +101,10 @@ def test_la_spacing_of_files(la_h5, tmp_path, capsys):
     grid = dataset.cases[0].grid
     assert grid.native_spacing == (1.25, 1.25, 1.25) and grid.spacing == (2.5, 2.5, 2.5)
     assert grid.shape == (2, 4, 4)  # halves of 5, 7 and 9, rounded to even
+    la2018.prepare(la_h5, tmp_path / "out", splits, spacing_of_files=1.25, spacing=2.5)
+    assert "already prepared from these files, nothing to do" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="was not made from these files with these options"):
+        la2018.prepare(la_h5, tmp_path / "out", splits, spacing_of_files=1.0, spacing=2.5)
 
 
 def test_la_nrrd(tmp_path, capsys):

@@ -93,6 +93,19 @@ def task(tmp_path):
     return base
 
 
+def test_msd_takes_all_images_without_masks(task, tmp_path, capsys):
+    """Where none is listed, and where names look like channels that there are not; and tells of those not listed."""
+    for name in ("ct_6_0000", "ct_6_0001"):
+        write_nifti(task / "imagesTs" / f"{name}.nii.gz", image_of(ord(name[-1])))
+    describe(task, test=[])
+    dataset = msd.prepare(task, tmp_path / "out")
+    assert sorted(c.case_id for c in dataset.cases if not c.has_label) == ["ct_5", "ct_6", "ct_6_0001"]
+    describe(task)
+    msd.prepare(task, tmp_path / "listed")
+    told = capsys.readouterr().out
+    assert "ignored: 2 other images of imagesTs that dataset.json does not list, such as " in told
+
+
 def test_msd_values_geometry_and_parts(task, tmp_path, capsys):
     dataset = msd.prepare(task, tmp_path / "out", window=(-200.0, 300.0))
     told = capsys.readouterr().out
@@ -145,7 +158,7 @@ def test_msd_channels_in_a_fourth_axis_and_in_files(task, tmp_path):
         both = np.stack([image_of(n), image_of(n + 50)], -1)
         write_nifti(task / "imagesTr" / f"ct_{n}.nii.gz", both)
     describe(task, modality={"0": "T2", "1": "ADC"}, test=[])
-    one = msd.prepare(task, tmp_path / "one")
+    one = msd.prepare(task, tmp_path / "one", no_test_images=True)
     assert (one.channels, one.recipe.intensity) == (2, "mr")
     first = one.image(0)
     for channel, seed in enumerate((1, 51)):
@@ -157,7 +170,7 @@ def test_msd_channels_in_a_fourth_axis_and_in_files(task, tmp_path):
         write_nifti(task / "imagesTr" / f"ct_{n}_0000.nii.gz", image_of(n))
         write_nifti(task / "imagesTr" / f"ct_{n}_0001.nii.gz", image_of(n + 50))
     # A list that names the cases, as nnU-Net had it, and none at all, as it has now.
-    listed = msd.prepare(task, tmp_path / "listed")
+    listed = msd.prepare(task, tmp_path / "listed", no_test_images=True)
     describe(
         task, modality=None, channel_names={"0": "T2", "1": "ADC"}, training=None, test=None, file_ending=".nii.gz"
     )

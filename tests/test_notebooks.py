@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbclient
@@ -19,6 +21,18 @@ def test_stored_without_output(path):
     for cell in notebook.cells:
         assert cell.cell_type != "code" or (not cell.outputs and cell.execution_count is None)
     assert "tensorflow" not in path.read_text().lower()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_project_folder_beside_a_notebook_is_not_taken_for_the_package(path, tmp_path, monkeypatch):
+    cell = next(cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    (tmp_path / "sscl_jax" / "sscl_jax").mkdir(parents=True)  # as a clone has it
+    program = f"import subprocess\nsubprocess.run = lambda words, **_: print(words)\n{cell.source}"
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    # Without site packages, and so without this one; -c puts the working folder on the path, as a notebook does.
+    command = [sys.executable, "-S", "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "'pip', 'install'" in done.stdout
 
 
 def test_all_four_are_there():

@@ -174,12 +174,25 @@ def test_predict_never_replaces_another_scan_either(stub, tmp_path, capsys):
     for source in (tmp_path / "in", tmp_path / "in" / "a.nii.gz"):
         with pytest.raises(SystemExit, match="1 of 1 scans could not"):
             run_predict(source, tmp_path / "in" / "sub")
-        assert "sub/a.nii.gz: is no mask of this network's labels, so it stays" in capsys.readouterr().err
+        assert "sub/a.nii.gz: is no mask that predict wrote, so it stays" in capsys.readouterr().err
     run_predict(tmp_path / "in" / "sub", tmp_path / "in" / "sub" / "deep")
     with pytest.raises(SystemExit, match="1 of 1 scans could not"):
         run_predict(tmp_path / "in" / "a.nii.gz", tmp_path / "in")
     assert "would replace a scan" in capsys.readouterr().err
     assert all(path.read_bytes() == before[path] for path in scans)
+
+
+def test_predict_never_replaces_a_mask_that_it_did_not_write(stub, tmp_path, capsys):
+    scan = write_scan(tmp_path / "images" / "a.nii.gz")
+    reference = tmp_path / "labels" / "a.nii.gz"
+    reference.parent.mkdir()
+    nibabel.save(nibabel.Nifti1Image(np.ones((9, 8, 4), np.uint8), np.diag([1.0, 1.0, 4.0, 1.0])), reference)
+    for content in (reference.read_bytes(), reference.read_bytes()[:90], b"", b"no image"):  # whole, or cut short
+        reference.write_bytes(content)
+        with pytest.raises(SystemExit, match="1 of 1 scans could not"):
+            run_predict(scan, tmp_path / "labels")
+        assert "labels/a.nii.gz: is no mask that predict wrote, so it stays" in capsys.readouterr().err
+        assert reference.read_bytes() == content
 
 
 def test_masks_of_an_earlier_call_are_made_again_and_not_segmented(stub, tmp_path, capsys):

@@ -635,6 +635,11 @@ def test_read_only_folder_uses_the_temporary_folder(dataset, tmp_path, monkeypat
     assert list((tmp_path / "tmp").glob("sscl_jax-*/cache-*/images.f32"))
     np.testing.assert_array_equal(opened.image(1), dataset.image(1))
     assert open_prepared(dataset.path).fingerprint == dataset.fingerprint
+    # Prepared anew in its place, from the same files: not the cache of the one before.
+    metadata = dataset.path / "metadata.json"
+    metadata.write_text(metadata.read_text().replace(dataset.fingerprint, "0" * 64))
+    open_prepared(dataset.path)
+    assert len(list((tmp_path / "tmp").glob("sscl_jax-*/cache-*/images.f32"))) == 2
 
 
 def test_open_says_what_to_do(tmp_path, dataset):

@@ -67,7 +67,15 @@ def test_table_by_hand():
     ]
     mixed = sweep.format_results([*rows[:-1], rows[-1] | {"revision": "s"}], "test", runs)
     assert mixed.endswith("|\n\nTrained at different revisions of the code: r, s.\n")
+    # What --vary changes is not taken for the base, though it has all of the base's fields.
+    runs = [{"seed": s} | change for change in ({}, {"x": "1"}, {"x": "2"}) for s in "01"]
+    some = [row("m", "1", "3", 80.0), *(row("m", s, "3", 70.0 + int(x), x=x) for x in "12" for s in "01")]
+    some = [{n: v for n, v in r.items() if n not in ("method", "data.labeled_patients")} for r in some]
+    lines = sweep.format_results(some, "test", runs).splitlines()
+    assert [line.split("|")[4].strip() for line in lines[2:5]] == ["", "-9", "-8"]
+    assert lines[-1] == "Not ended, so no gain over it: seed=0."
     # The first config is the one to compare with, whether it has ended or not.
+    runs = [{name: r[name] for name in ("method", "seed", "data.labeled_patients")} for r in rows]
     lines = sweep.format_results(rows[1:], "test", runs).splitlines()
     assert lines[4] == "| method=region, data.labeled_patients=3 | 2 | 84 ± 1 | 1 | 4 ± 0 |  |  | 90 | 2 ± 0 |"
     assert lines[-1] == "Not ended, so no gain over it: method=supervised,seed=0,data.labeled_patients=3."

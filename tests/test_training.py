@@ -107,9 +107,14 @@ def test_a_new_training_in_a_used_folder_shows_nothing_of_the_old(trained, tiny_
     run = tmp_path / "run"
     shutil.copytree(trained[0], run)
     shutil.copy(run / "val_cases.csv", run / "test_cases.csv")
+    shutil.copytree(run / "val_overlays", run / "test_overlays")
     shutil.rmtree(run / "checkpoints")
+    (run / "test_images").mkdir()  # of the user, whatever their names are
+    (run / "val_list.txt").write_text("p1")
     train.train(tiny_config("supervised", steps=2), run)
-    assert not list(run.glob("test_*")) and not list(run.glob("val_*.csv"))
+    assert sorted(path.name for path in run.glob("test_*")) == ["test_images"]
+    left = {path.name for path in run.glob("val_*")}
+    assert "val_list.txt" in left and not {"val_cases.csv", "val_features.png"} & left
 
 
 # ----------------------------------------------------------------------------------------------------------- learning
@@ -307,6 +312,8 @@ def test_what_the_tables_were_made_with_is_what_evaluate_takes(trained, tiny_con
     for network in experiment.load_networks(tmp_path / "copy").values():
         assert network.config.eval.final_overlap == 0.25 and network.config.data.path == str(tmp_path / "moved")
         assert network.config.seed == 0
+    (tmp_path / "copy" / "config.json").write_text("")  # cut short
+    assert experiment.load_networks(tmp_path / "copy")["teacher"].config.eval.final_overlap == 0.5
 
 
 def test_another_config_in_the_same_workdir_is_refused(trained, tiny_config, no_tables):

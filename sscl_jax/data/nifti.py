@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from nibabel.affines import voxel_sizes
 
 MAX_VOXELS = 2**31
 MAX_LABELS = 256
+MASK = b"mask made by sscl_jax"  # the description in the header of each mask that is written here
 FAR = 1e9  # mm; no scan lies so far away, none has voxels of the inverse
 SHEAR = 2e-4  # radians; headers in float32 or with few digits stay below
 MILLIMETRES = {1: 1e3, 3: 1e-3}  # in the units of xyzt_units that are not mm: metre and micron
@@ -223,8 +225,8 @@ def write_mask(path: str | Path, mask: np.ndarray, affine: np.ndarray, header: n
 
     The header's geometry (qform, sform, their codes, units, voxel sizes) is kept bit for bit. The
     voxels are stored as the smallest unsigned integer type that holds the largest, unscaled.
-    Header extensions are dropped, since they can hold the patient's name. The file appears under
-    its name only when complete; the parent folder is made.
+    Header extensions are dropped, since they can hold the patient's name, and the description
+    becomes `MASK`. The file appears under its name only when complete; the parent folder is made.
 
     Args:
       path: ends in `.nii` or `.nii.gz`.
@@ -253,6 +255,7 @@ def write_mask(path: str | Path, mask: np.ndarray, affine: np.ndarray, header: n
     header.extensions.clear()
     header["vox_offset"] = 0
     header["cal_min"] = header["cal_max"] = 0
+    header["descrip"] = MASK
     header.set_intent("none")
     header.set_data_shape(shape)
     header.set_data_dtype(dtype)
@@ -269,6 +272,14 @@ def write_mask(path: str | Path, mask: np.ndarray, affine: np.ndarray, header: n
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_our_mask(path: str | Path) -> bool:
+    """Whether `write_mask` wrote this file; reads its header alone."""
+    try:
+        return nib.load(path).header["descrip"].item() == MASK  # type: ignore[index]
+    except (ValueError, OSError, EOFError, KeyError, zlib.error, nib.filebasedimages.ImageFileError):
+        return False
 
 
 def _load(path: str | Path, dtype: type | None) -> tuple[nib.Nifti1Image, np.ndarray]:

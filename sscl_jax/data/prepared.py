@@ -35,7 +35,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -329,9 +329,20 @@ def _digest_inputs(
     sources: list[CaseSource], files: list, recipe: dict, patients: dict[str, list[str]], source_name: str
 ) -> str:
     """sha256 of the files' contents and of everything else that decides the result."""
-    names = [(s.case_id, s.patient_id, s.split, [path.name for path in s.image_paths]) for s in sources]
+    names = [(s.case_id, s.patient_id, s.split, [path.name for path in s.image_paths], *_options(s)) for s in sources]
     text = json.dumps([FORMAT, source_name, recipe, patients, names, files], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _options(source: CaseSource) -> list[str]:
+    """What the readers of a case were told besides its files, such as a voxel size that these do not hold."""
+    options = [getattr(source, f.name) for f in fields(source) if f.name not in CaseSource.__dataclass_fields__]
+    for reader in (source.read_image, source.read_label):
+        if isinstance(reader, functools.partial):
+            options += [*reader.args, *(value for _, value in sorted(reader.keywords.items()))]
+    # A set is where a reader notes what it has told; files are told of by their contents.
+    told = (np.asarray(option).tolist() for option in options if not isinstance(option, set))
+    return [repr(value) for value in told if "Path(" not in repr(value)]
 
 
 def file_digests(source: CaseSource) -> list[str | None]:
@@ -494,7 +505,7 @@ def open_prepared(path: Path) -> PreparedDataset:
         raise ValueError(
             f"{path} has format {metadata.get('format')}, this version reads {FORMAT}: delete it and prepare again"
         )
-    places = [path / "cache", _cache_elsewhere(metadata["inputs"])]
+    places = [path / "cache", _cache_elsewhere(metadata)]
     for cache in places:
         index = _read_index(cache, metadata["inputs"])
         if index is not None:
@@ -525,8 +536,14 @@ def _read_metadata(path: Path) -> dict:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def _cache_elsewhere(inputs: str) -> Path:
-    return Path(tempfile.gettempdir()) / f"sscl_jax-{os.getuid()}" / f"cache-{inputs[:32]}"
+def _cache_elsewhere(metadata: dict) -> Path:
+    """By all that tells data sets apart: the same files are prepared otherwise by another version."""
+    own = json.dumps([metadata[name] for name in ("inputs", "fingerprint", "version")])
+    return (
+        Path(tempfile.gettempdir())
+        / f"sscl_jax-{os.getuid()}"
+        / f"cache-{hashlib.sha256(own.encode()).hexdigest()[:32]}"
+    )
 
 
 def _read_index(cache: Path, inputs: str) -> list[dict] | None:
