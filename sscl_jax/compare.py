@@ -36,6 +36,11 @@ class Key(NamedTuple):
     label: str  # name of the class
 
 
+# What to do where a training has no table of a split.
+NO_TABLE = {
+    "val": "let the training end",
+    "test": "run the command of the training again, with --config.eval.test=True (it measures, and trains no more)",
+}
 Rows = dict[Key, dict[str, float]]  # values are NaN where the class does not count in the case
 
 
@@ -48,7 +53,7 @@ def read_cases(workdir: Path, split: str, network: str) -> Rows:
     """
     path = workdir / f"{split}_cases.csv"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such table; let the training end, or choose another --split.")
+        raise FileNotFoundError(f"{path}: no such table; {NO_TABLE[split]}, or choose another --split.")
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         needed = {"patient", "case", "class", "network", "counted", "flagged", *METRICS}
@@ -128,6 +133,21 @@ def paired(before: Sequence[Rows], after: Sequence[Rows]) -> tuple[float, float,
     return float(d.mean()), float(d.std()), len(d), p
 
 
+def check_same_masks(facts: dict[str, dict[str, Any]], split: str) -> None:
+    """Refuses trainings that were measured against other masks, by what their run.json say.
+
+    Raises:
+      ValueError: names two of them.
+    """
+    told = {name: fact.get("measured_on", {}).get(split) for name, fact in facts.items()}
+    known = {name: digest for name, digest in told.items() if digest}  # older trainings tell nothing
+    if other := next((name for name in known if known[name] != known[next(iter(known))]), None):
+        raise ValueError(
+            f"{next(iter(known))} and {other} were measured on other masks of {split}: a mask was changed in between. "
+            "Measure both on the same masks: run the command of the older again, or train it anew in another --workdir."
+        )
+
+
 class Repeats(NamedTuple):
     """Trainings that differ in `REPEATS` alone, in the order of these; one training is a repeat of itself."""
 
@@ -181,6 +201,8 @@ def compare(trainings: Sequence[str | Path], split: str, network: str) -> str:
     """
     found = [find_repeats(training) for training in trainings]
     runs = [[read_cases(folder, split, network) for folder in repeats.folders] for repeats in found]
+    facts = [folder / "run.json" for repeats in found for folder in repeats.folders]
+    check_same_masks({str(f.parent): json.loads(f.read_text(encoding="utf-8")) for f in facts if f.is_file()}, split)
     classes = list(dict.fromkeys(key.label for key in runs[0][0]))
     width = max(len(str(training)) for training in trainings)
     header = ["Dice %", *classes, "HD95 mm", "difference to the first, by patient (Wilcoxon p)"]

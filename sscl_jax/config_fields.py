@@ -71,6 +71,6 @@ def check_same_training(
         differences.append("the labelled or the val patients, or their masks, are others")
     if differences:
         raise ValueError(
-            f"{workdir} holds a training with another config: {'; '.join(differences)}. Choose another {option}, "
-            "or the config it was started with."
+            f"{workdir} holds another training: {'; '.join(differences)}. Choose another {option}, or go back to what "
+            "it was started with."
         )

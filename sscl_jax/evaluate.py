@@ -299,7 +299,10 @@ def mask_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Pat
         pairs.append((partner, predicted[partner], path))
         used.add(partner)
     if extra := sorted(predicted.keys() - used):
-        raise FileNotFoundError(f"{predicted[extra[0]]}: {references} has no reference for it ({len(extra)} such).")
+        raise FileNotFoundError(
+            f"{predicted[extra[0]]}: {references} has no reference for it ({len(extra)} such): give "
+            "--predictions a folder of those that have one."
+        )
     return pairs
 
 

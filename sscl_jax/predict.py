@@ -262,10 +262,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     predict = evaluate.make_predictor(network.model, tuple(network.config.data.patch_size), args.overlap)
-    masks = args.output.resolve()
-    others = [scan for scan in scans if not scan.paths[0].parent.resolve().is_relative_to(masks)]
-    if others and len(others) < len(scans):  # such as the masks of an earlier call
-        print(f"left out: {len(scans) - len(others)} files in {args.output}, which is for the masks")
+    others = [scan for scan in scans if not nifti.is_our_mask(scan.paths[0])]
+    if others and len(others) < len(scans):
+        print(f"left out: {len(scans) - len(others)} masks that predict wrote")
         scans = others
     print(f"{network.path}, {network.name}: {len(scans)} scan(s)")
     failed = 0

@@ -204,10 +204,11 @@ def _comparison(run: Run, others: Sequence[Run]) -> list[str]:
         return []
     parts = ["<h2>Compared with other trainings</h2>"]
     for split, tables in run.cases.items():
+        compare.check_same_masks({str(each.workdir): each.run for each in (run, *others)}, split)
         lines = []
         for other in (run, *others):
             if split not in other.cases:
-                raise ValueError(f"{other.workdir} has no table of {split}: let the training end.")
+                raise ValueError(f"{other.workdir} has no table of {split}: {compare.NO_TABLE[split]}.")
             rows = other.cases[split]["teacher"]
             cells: list[object] = [other.workdir, other.config["method"], _labelled(other)]
             cells += [other.config["seed"], f"{100 * compare.class_mean(rows, 'dice'):.2f}"]

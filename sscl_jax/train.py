@@ -34,6 +34,7 @@ from sscl_jax.data.sampling import (
     assign_roles,
     canvas_shape,
     classes_held,
+    digest_of_labels,
     identity,
     patients_of_fraction,
     sample_order,
@@ -501,7 +502,7 @@ def _final_tables(
     largest = config.eval.largest_component
     networks = list(experiment.load_networks(workdir).values())
     summaries: dict[str, dict[str, metrics.Summary]] = {}
-    facts = _facts(dataset, roles) | {"features": {}}
+    facts = _facts(dataset, roles) | {"features": {}, "measured_on": {}}
     for split, cases in splits.items():
         if not cases:
             continue
@@ -509,6 +510,7 @@ def _final_tables(
         summaries[split] = {name: metrics.summarise([r.metrics for r in rs]) for name, rs in results.items()}
         if not parallel.is_main_process():
             continue
+        facts["measured_on"][split] = digest_of_labels(dataset, cases)
         rows = [(n, r.case.case_id, r.case.patient_id, r.metrics) for n, rs in results.items() for r in rs]
         evaluate.write_case_table(workdir / f"{split}_cases.csv", rows, dataset.recipe.class_names)
         pictures.write_overlays(workdir / f"{split}_overlays", results[config.eval.select], dataset)

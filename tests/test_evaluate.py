@@ -323,6 +323,16 @@ def test_pairs_are_compared_by_case_where_both_count(tmp_path):
         compare.paired([one], [{key: row for key, row in two.items() if key.case != "c"}])
 
 
+def test_figures_on_other_masks_are_not_compared(tmp_path):
+    for name, masks in (("one", "m"), ("two", "m"), ("other", "n"), ("older", None)):
+        run_table(tmp_path / name, {("a", "x"): 0.5, ("b", "x"): 0.7})
+        facts = {"measured_on": {"val": masks, "test": "t"}} if masks else {}
+        (tmp_path / name / "run.json").write_text(json.dumps(facts))
+    compare.compare([tmp_path / name for name in ("one", "two", "older")], "val", "teacher")
+    with pytest.raises(ValueError, match=r"one and .*other were measured on other masks of val"):
+        compare.compare([tmp_path / name for name in ("one", "older", "other")], "val", "teacher")
+
+
 def test_repeats_are_averaged_by_patient(tmp_path):
     for name, values in {
         "one-0": (0.5, 0.9, 0.4),

@@ -616,6 +616,14 @@ def _sum_of_images(path):
     return [float(opened.image(i).sum()) for i in range(len(opened.cases))]
 
 
+def test_a_folder_of_something_else_is_not_told_to_be_deleted(sources, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "scan.nii.gz").write_bytes(b"precious")
+    with pytest.raises(ValueError, match=r"mine exists and is no prepared data set: choose another --output$"):
+        write_prepared(tmp_path / "mine", sources, RECIPE, PATIENTS, "toy")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["scan.nii.gz"]
+
+
 def test_read_only_folder_uses_the_temporary_folder(dataset, tmp_path, monkeypatch):
     for path in (dataset.path / "cache").iterdir():
         path.unlink()

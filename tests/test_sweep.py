@@ -128,7 +128,7 @@ def test_a_sweep_trains_what_has_not_ended_and_names_what_failed(phantom_data, t
 
     # Nothing is trained where one of the trainings could not be, or where a folder holds the figures of another.
     for option, message in (
-        ("--set=optimizer.learning_rate=1", "holds a training with another config: optimizer.learning_rate was 0.002"),
+        ("--set=optimizer.learning_rate=1", "holds another training: optimizer.learning_rate was 0.002"),
         ("--set=eval.final_overlap=0.25", "eval.final_overlap was 0.5, is 0.25. Choose another --output"),
         ("--set=nosuch=1", "the config has no field nosuch"),
         ("--vary=model.norm=none", "model.norm='none': choose 'group' or 'batch'"),

@@ -48,7 +48,6 @@ from sscl_jax.data.workers import Workers, map_ahead, spread
 
 SPLITS = ("train", "val", "test")
 FORMAT = 1  # raised when an older prepared folder can no longer be read
-_OTHER = "{} exists and was not made from these files with these options: delete it or choose another --output"
 CACHE_FILES = {"images.f32": 4, "labels.u8": 1, "native_labels.u8": 1}  # bytes per value
 
 
@@ -237,7 +236,7 @@ def write_prepared(
         if _made_from(output, inputs):
             print(f"{output}: already prepared from these files, nothing to do")
             return open_prepared(output)
-        raise ValueError(_OTHER.format(output))
+        raise ValueError(_other(output))
     metadata = {
         "format": FORMAT,
         "version": package_version(),
@@ -268,7 +267,7 @@ def write_prepared(
                 if not place.exists():
                     raise
                 if not _made_from(place, inputs):  # as another process has done in the meantime
-                    raise ValueError(_OTHER.format(output)) from error
+                    raise ValueError(_other(output)) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return open_prepared(output)
@@ -288,6 +287,13 @@ def _told_of(folder: Path) -> Iterator[None]:
                     "takes what is done"
                 ) from error
         raise
+
+
+def _other(output: Path) -> str:
+    """Why `output` is not written: nothing is told to be deleted but what was prepared."""
+    if not _read_metadata(output):
+        return f"{output} exists and is no prepared data set: choose another --output"
+    return f"{output} exists and was not made from these files with these options: delete it or choose another --output"
 
 
 def _made_from(output: Path, inputs: str) -> bool:

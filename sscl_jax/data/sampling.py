@@ -98,16 +98,20 @@ def classes_held(dataset: PreparedDataset, cases: list[Case]) -> dict[str, set[i
 def identity(dataset: PreparedDataset, roles: Roles) -> dict[str, str]:
     """What a training must find unchanged to go on: `fingerprint`, of all but the labels, and `labels`.
 
-    The second is a sha256 of who is labelled or val, and of their labels, which it reads; no others are read.
+    The second is of who is labelled or val, and of their labels, which it reads; no others are read.
     """
+    labels = digest_of_labels(dataset, roles.labeled) + digest_of_labels(dataset, roles.val)
+    return {"fingerprint": dataset.fingerprint, "labels": labels}
+
+
+def digest_of_labels(dataset: PreparedDataset, cases: list[Case]) -> str:
+    """sha256 (hex) of the names of cases and of their labels, on both grids."""
     digest = hashlib.sha256()
-    for role, cases in (("labelled", roles.labeled), ("val", roles.val)):
-        for case in cases:
-            digest.update(f"{role} {case.case_id}\n".encode())
-            digest.update(dataset.label(case.index).data)
-            if role == "val":
-                digest.update(dataset.native_label(case.index).data)
-    return {"fingerprint": dataset.fingerprint, "labels": digest.hexdigest()}
+    for case in cases:
+        digest.update(f"{case.case_id}\n".encode())
+        digest.update(dataset.label(case.index).data)
+        digest.update(dataset.native_label(case.index).data)
+    return digest.hexdigest()
 
 
 def unpredicted(before: dict[str, int], wanted: set[int], predicted: set[int]) -> dict[str, int]:
