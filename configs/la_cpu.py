@@ -4,7 +4,7 @@ python -m data_prep.la2018 --input=DIR --output=data/la_1.25mm --spacing=1.25
 python -m sscl_jax.main --config=configs/la_cpu.py --workdir=runs/la
 
 20 minutes on one core of an AMD EPYC with AVX-512: Dice 85.6 % on val; supervised, 6 minutes, 83.0 %. With 2 labelled
-the other volumes cost a little (87.2 for 87.9 %), all 8 labelled come to 89.4 % (docs/results.md).
+the other volumes cost a little (87.2 for 87.9 %), all 8 labelled come to 89.4 % (docs/ablation.md).
 """
 
 from ml_collections import ConfigDict

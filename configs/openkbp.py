@@ -9,7 +9,7 @@ layout of the Medical Segmentation Decathlon, with a `splits.json`.
 71.5 % mean Dice on val, supervised 71.4 % (with a ramp of 600 steps, the default before, 72.0 %, in 43 minutes on one
 core of an AMD EPYC with AVX-512). The unlabelled scans brought nothing here that could be told from chance; all 55
 labels come to 74.6 % in as many steps. With `anatomical_pl` and without `pseudo_label.competence` the unlabelled
-scans did harm: see docs/results.md.
+scans did harm: see docs/ablation.md.
 """
 
 from ml_collections import ConfigDict

@@ -13,7 +13,7 @@ from configs import base
 def get_config(method: str = "anatomical_pl") -> ConfigDict:
     """Slices of 48 x 48 at 3 mm, 2 labelled patients, a narrower network; three slices without label for each with one.
 
-    A short ramp, since on phantoms one over the whole training did worse (docs/results.md); wide rotations, as in
+    A short ramp, since on phantoms one over the whole training did worse (docs/ablation.md); wide rotations, as in
     `configs/acdc.py`.
     """
     config = base.get_config(method)

@@ -3,6 +3,7 @@
 import csv
 import errno
 import itertools
+import json
 import os
 import re
 import shutil
@@ -28,7 +29,7 @@ from sscl_jax.checkpoint import Checkpoints
 from sscl_jax.data import nifti
 from sscl_jax.data.prepared import open_prepared
 from sscl_jax.data.recipe import Recipe
-from sscl_jax.data.sampling import Pool, assign_roles
+from sscl_jax.data.sampling import Pool, assign_roles, digest_of_labels
 
 TIMES = ("seconds", "images_per_s")  # columns of metrics.csv that no two runs share
 
@@ -152,11 +153,14 @@ def test_the_loss_falls_and_dice_rises(trained):
     assert set(summaries) == {"val"} and set(summaries["val"]) == {"student", "teacher"}
 
 
-def test_a_training_leaves_what_a_user_looks_at(trained):
+def test_a_training_leaves_what_a_user_looks_at(trained, tiny_config):
     workdir, _ = trained
     assert (workdir / "config.json").is_file() and (workdir / "val_cases.csv").is_file()
     assert list((workdir / "val_overlays").glob("*.png"))
     assert "Results on val" in (workdir / "report.html").read_text()
+    dataset = open_prepared(tiny_config().data.path)
+    masks = digest_of_labels(dataset, assign_roles(dataset, 2).val)
+    assert json.loads((workdir / "run.json").read_text())["measured_on"] == {"val": masks}
     (events,) = (workdir / "tensorboard").glob("events*")
     content = events.read_bytes()
     assert all(tag in content for tag in (b"val_dice", b"val/best", b"val/median", b"val/worst", b"PNG"))
