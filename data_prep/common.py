@@ -486,10 +486,11 @@ def check_cases(
     for split in SPLITS:
         if any(source.split == split for source in sources) and not any(source.split == split for source, _ in good):
             print(f"warning: that leaves no case in {split}")
-    in_train = [source for source in sources if source.split == "train" and source.label_path]
-    if in_train and not any(source in in_train for source, _ in good):
+    left = [source for source, _ in good]
+    before, after = (any(each.split == "train" and each.label_path for each in part) for part in (sources, left))
+    if before and not after:
         raise Problems(["that leaves no mask in train: put the cases above right"])
-    return [source for source, _ in good], [fact for _, fact in good], found
+    return left, [fact for _, fact in good], found
 
 
 def build(

@@ -94,7 +94,8 @@ class Checkpoints:
         later = [each for each in self.steps() if each > step]
         for each in later:
             shutil.rmtree(self.folder / str(each))
-        self.__dict__.pop("_manager", None)  # it has read the folder
+        if later:
+            del self._manager  # it has read the folder
         return bool(later)
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:

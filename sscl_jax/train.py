@@ -142,7 +142,7 @@ def _train(
                     (workdir / f"{split}_{name}").unlink(missing_ok=True)
                 shutil.rmtree(workdir / f"{split}_overlays", ignore_errors=True)
         _write_json(workdir / "config.json", meta["config"])
-        _write_json(workdir / "run.json", _facts(dataset, roles))
+        _write_json(workdir / "run.json", _facts(dataset, roles, data))
     log = Log(workdir, start, main)
     step_fn = experiment.make_step(config, dataset.num_classes)
     patch = tuple(config.data.patch_size)
@@ -223,7 +223,7 @@ def _train(
         if stopping := parallel.agreed(caught[0] if caught else 0):  # during the last step, which is saved
             sys.exit(128 + stopping)
     log.close()
-    return _final_tables(config, workdir, dataset, roles, memory["seconds"])
+    return _final_tables(config, workdir, dataset, roles, data, memory["seconds"])
 
 
 def open_data(config: ConfigDict) -> tuple[ConfigDict, PreparedDataset, Roles]:
@@ -416,14 +416,14 @@ def describe(config: ConfigDict, dataset: PreparedDataset, roles: Roles, held: d
     _describe_classes(dataset.recipe.class_names, roles, held)
 
 
-def _facts(dataset: PreparedDataset, roles: Roles) -> dict[str, Any]:
-    """What the report tells of data and machine."""
+def _facts(dataset: PreparedDataset, roles: Roles, data: dict[str, str]) -> dict[str, Any]:
+    """What the report tells of data and machine; `data`: see `identity`."""
     parts = {"labelled": roles.labeled, "unlabelled": roles.unlabeled, "val": roles.val, "test": roles.test}
     devices = jax.devices()
     packages = ("sscl_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "dataset": dataset.name,
-        **identity(dataset, roles),
+        **data,
         "recipe": dataset.recipe.to_dict(),
         "channels": dataset.channels,
         "roles": {
@@ -493,7 +493,12 @@ def _tell_unpredicted(counts: dict[str, int], class_names: Sequence[str], networ
 
 
 def _final_tables(
-    config: ConfigDict, workdir: Path, dataset: PreparedDataset, roles: Roles, seconds: float
+    config: ConfigDict,
+    workdir: Path,
+    dataset: PreparedDataset,
+    roles: Roles,
+    data: dict[str, str],
+    seconds: float,
 ) -> dict[str, dict[str, metrics.Summary]]:
     """Measures the best checkpoint (the last, without val cases) on val and, if asked for, test."""
     splits = {"val": roles.val} | ({"test": roles.test} if config.eval.test else {})
@@ -502,7 +507,7 @@ def _final_tables(
     largest = config.eval.largest_component
     networks = list(experiment.load_networks(workdir).values())
     summaries: dict[str, dict[str, metrics.Summary]] = {}
-    facts = _facts(dataset, roles) | {"features": {}, "measured_on": {}}
+    facts = _facts(dataset, roles, data) | {"features": {}, "measured_on": {}}
     for split, cases in splits.items():
         if not cases:
             continue
