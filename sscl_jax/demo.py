@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n$ python {shlex.join(command)}", flush=True)
         if status := subprocess.run([sys.executable, *command], env=environment).returncode:
             sys.exit(status)
+    print("\nCurves and pictures of each: " + ", ".join(f"{workdir}/{method}/report.html" for method in methods))
 
 
 if __name__ == "__main__":

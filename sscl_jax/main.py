@@ -62,6 +62,9 @@ def main(argv: list[str]) -> None:
 def run() -> None:
     """Entry point of `sscl-train`."""
     flags.mark_flags_as_required(["config", "workdir"])
+    sys.modules["__main__"].__doc__ = __doc__  # with --help, absl shows what belongs to the file that was started
+    for flag in flags.FLAGS.get_key_flags_for_module(__name__):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     with parallel.ending_together():
         app.run(main, flags_parser=_parse)
 

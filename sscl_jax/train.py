@@ -115,7 +115,7 @@ def _train(
     # The state: restored, or new.
     last, best = Checkpoints(workdir, "last"), Checkpoints(workdir, "best")
     data = identity(dataset, roles)
-    memory: dict[str, Any] = {"pending": {}, "best": None, "seconds": 0.0, "unpredicted": {}}
+    memory: dict[str, Any] = {"pending": {}, "best": None, "seconds": 0.0, "peak": 0.0, "unpredicted": {}}
     if restored := last.restore(experiment.empty_state(config, dataset.num_classes, dataset.channels)):
         state, meta = restored
         config_fields.check_same_training(config, meta, data, workdir)
@@ -213,6 +213,7 @@ def _train(
                 log.write(row, config.steps, images)
                 pending = {}
             if at_save:
+                memory["peak"] = max(memory["peak"], parallel.peak_memory())
                 last.save(parallel.to_host(state), meta | memory | {"pending": pending})
             if stopping:
                 log.close()
@@ -223,7 +224,7 @@ def _train(
         if stopping := parallel.agreed(caught[0] if caught else 0):  # during the last step, which is saved
             sys.exit(128 + stopping)
     log.close()
-    return _final_tables(config, workdir, dataset, roles, data, memory["seconds"])
+    return _final_tables(config, workdir, dataset, roles, data, memory["seconds"], memory["peak"])
 
 
 def open_data(config: ConfigDict) -> tuple[ConfigDict, PreparedDataset, Roles]:
@@ -242,9 +243,10 @@ def open_data(config: ConfigDict) -> tuple[ConfigDict, PreparedDataset, Roles]:
         config.data.labeled_patients = patients_of_fraction(dataset, config.data.labeled_fraction)
     roles = assign_roles(dataset, config.data.labeled_patients, config.data.labeled_seed)
     if experiment.uses_unlabeled(config) and not roles.unlabeled:
+        every = config.data.labeled_patients < 0
         raise ValueError(
-            f"data.labeled_patients={config.data.labeled_patients} leaves no unlabelled patient for method "
-            f"{config.method!r}: lower it, or take :supervised."
+            f"data.labeled_patients={config.data.labeled_patients}{' (all)' if every else ''} leaves no unlabelled "
+            f"patient for method {config.method!r}: give a smaller number, or take :supervised."
         )
     return config, dataset, roles
 
@@ -499,8 +501,12 @@ def _final_tables(
     roles: Roles,
     data: dict[str, str],
     seconds: float,
+    peak: float,
 ) -> dict[str, dict[str, metrics.Summary]]:
-    """Measures the best checkpoint (the last, without val cases) on val and, if asked for, test."""
+    """Measures the best checkpoint (the last, without val cases) on val and, if asked for, test.
+
+    `seconds`, `peak` (GiB): what the training took, over all its processes one after the other.
+    """
     splits = {"val": roles.val} | ({"test": roles.test} if config.eval.test else {})
     model = experiment.make_model(config, dataset.num_classes)
     predict = evaluate.make_predictor(model, tuple(config.data.patch_size), config.eval.final_overlap)
@@ -531,7 +537,7 @@ def _final_tables(
             if network.name == config.eval.select:
                 pictures.write_features(workdir / f"{split}_features.png", x, y, dataset.recipe.class_names)
     if parallel.is_main_process():
-        peak = parallel.peak_memory()
+        peak = max(peak, parallel.peak_memory())
         facts |= {"seconds": seconds, "peak_memory_gib": peak, "checkpoint": networks[0].path.name}
         _write_json(workdir / "run.json", facts)
         page = report.write_report(workdir)

@@ -112,3 +112,11 @@ def test_no_field_has_the_name_of_a_method_of_the_config():
                 yield from names(value)
 
     assert [name for name in names(base.get_config()) if hasattr(ConfigDict, name)] == []
+
+
+def test_the_installed_command_shows_its_options():
+    code = "import sys; from sscl_jax import main; sys.argv = ['sscl-train', '--help']; main.run()"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert told.returncode == 0 and "goes on with a training" in told.stdout
+    for option in ("--config", "--workdir", "--[no]dry_run"):
+        assert option in told.stdout

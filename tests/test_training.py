@@ -191,11 +191,13 @@ def test_pseudo_labels_are_measured_on_val(trained):
         assert all(0 <= v <= 1 for v in values) and values[-1] > 0
 
 
-def test_a_finished_training_run_again_changes_nothing(trained, tiny_config, no_tables):
+def test_a_finished_training_run_again_changes_nothing(trained, tiny_config, monkeypatch):
     workdir, _ = trained
-    before = rows_of(workdir)
+    before, told = rows_of(workdir), []
+    monkeypatch.setattr(train, "_final_tables", lambda *arguments: told.extend(arguments[-2:]))
     train.train(tiny_config(), workdir)
     assert rows_of(workdir) == before
+    assert told == [state_of(workdir, tiny_config())[1][name] for name in ("seconds", "peak")] and min(told) > 0
 
 
 # ------------------------------------------------------------------------------------------------------------ resuming
