@@ -231,8 +231,8 @@ def list_nifti(path: Path) -> tuple[list[Scan], list[str]]:
     place = {p: str(p.parent / formats.stem(p)).removesuffix("_image") for p in files}
     masks = {}
     for p, name in place.items():
-        image = next((name.removesuffix(ending) for ending in formats.MASK_ENDINGS if name.endswith(ending)), None)
-        if image in place.values():
+        image = formats.without_mask_ending(name)
+        if image != name and image in place.values():
             masks[image] = p
     base = path if path.is_dir() else path.parent
     return [

@@ -30,7 +30,6 @@ from sscl_jax.data.prepared import (
 from sscl_jax.data.recipe import Recipe
 from sscl_jax.data.workers import Workers, map_ahead, spread
 
-AFFINE_TOLERANCE = 1e-3  # relative to the voxel size: what float32 headers lose by rounding
 MANY_LABELS = 50  # different values in one mask, beyond which it may be an image
 SHEARED = ".*the affine is sheared"  # of `nifti.read_image`; the check tells it in its own list
 ANISOTROPY = 1.5  # voxels that are longer by this factor along one axis than along both others make thick slices
@@ -304,12 +303,7 @@ def _label_problems(
             f"{source.label_path}: shape {label_shape}, but its image {source.image_paths[0]} has "
             f"{shape}: resample the mask to the image's grid"
         ]
-    voxel = voxel_sizes(affine)
-    # Compared where it matters: at the corners of the volume, in voxels.
-    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij"), -1).reshape(-1, 3)
-    offset = corners @ (label_affine - affine)[:3, :3].T + (label_affine - affine)[:3, 3]
-    apart = np.linalg.norm(offset, axis=1).max()
-    if apart > max(AFFINE_TOLERANCE * max(shape), 0.05) * voxel.min():
+    if apart := nifti.grids_apart(shape, label_affine, affine):
         own, other = ("".join(nibabel.aff2axcodes(each)) for each in (label_affine, affine))
         turned = "" if own == other else f" (its axes run {own}, those of the image {other})"
         return [

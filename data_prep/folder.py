@@ -224,8 +224,7 @@ def _named_as_images(masks: dict[str, Path], images: Sequence[Path]) -> dict[str
     cases = {name for stem in map(formats.stem, images) for name in (stem, re.sub(r"_\d{4}$", "", stem))}
     named = {name: path for name, path in masks.items() if name in cases}
     for name, path in masks.items():
-        ending = next((e for e in formats.MASK_ENDINGS if name.endswith(e)), "")
-        case = name.removesuffix(ending)
+        case = formats.without_mask_ending(name)
         named.setdefault(case if case in cases and case not in named else name, path)
     return named
 

@@ -46,7 +46,8 @@ def random_coordinates(
     The source position of the output pixel o (counted from the patch centre) is
     `centre + zoom^-1 · R · S · F · o + u(o)`: F flips, S shears and R rotates in the plane of the
     last two axes, u is a smooth random field. With all strengths zero and `spread=0` it is exactly
-    the centred crop; with `spread` alone it is a crop at whole pixels (no interpolation blur).
+    the centred crop (an image that lacks an odd number of pixels has one more of the padding before it than behind it);
+    with `spread` alone it is a crop at whole pixels (no interpolation blur).
 
     Args:
       key: random key.

@@ -21,7 +21,7 @@ from nibabel.affines import voxel_sizes
 from scipy import ndimage
 
 from sscl_jax import cli, metrics, parallel
-from sscl_jax.data import formats
+from sscl_jax.data import formats, nifti
 from sscl_jax.data import recipe as recipes
 from sscl_jax.data.prepared import Case, PreparedDataset, open_prepared
 from sscl_jax.data.sampling import Pool
@@ -263,7 +263,7 @@ def mask_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Pat
 
     Masks are of any format that `predict` reads from one file. A reference may carry one of `formats.MASK_ENDINGS`
     behind the scan's name. Every reference needs a prediction, and every prediction a reference, since it would
-    silently not count; scans that lie beside references are passed over, and so are hidden files.
+    silently not count; scans that lie beside references are passed over, which is told, and so are hidden files.
 
     Raises:
       FileNotFoundError: a folder is missing or empty, or files lack a partner; names them.
@@ -284,16 +284,22 @@ def mask_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Pat
         return named
 
     predicted, found = masks(predictions), masks(references)
+    scan_of = {name: formats.without_mask_ending(name) for name in found}
+    # Where one scan lies beside its reference, all that are not named as references are scans.
+    with_scans = {path.parent for name, path in found.items() if scan_of[name] != name and scan_of[name] in found}
+    scans = [name for name, path in found.items() if scan_of[name] == name and path.parent in with_scans]
+    if scans:
+        print(f"passed over: {len(scans)} scans beside references, such as {found[scans[0]]}", file=sys.stderr)
     pairs, used = [], set()
     for name, path in found.items():
-        stem = name
-        for suffix in formats.MASK_ENDINGS:
-            stem = stem.removesuffix(suffix)
-        partner = name if name in predicted else stem
-        if any(f"{name}{s}" in found for s in formats.MASK_ENDINGS):
-            continue  # the scan itself, beside its reference
-        if partner not in predicted:
-            raise FileNotFoundError(f"{path}: {predictions} has no prediction {partner}.nii.gz for it.")
+        if name in scans:
+            continue
+        # A mask of p1_0000, as nnU-Net names the only channel of p1, is called so as well.
+        names = [scan_of[name], f"{scan_of[name]}_0000"]
+        names = [*names, name] if path.parent in with_scans else [name, *names]
+        partner = next((each for each in names if each in predicted), None)
+        if partner is None:
+            raise FileNotFoundError(f"{path}: {predictions} has no prediction {scan_of[name]}.nii.gz for it.")
         if partner in used:
             raise ValueError(f"{path}: another reference is of {predicted[partner]} too: keep one of them.")
         pairs.append((partner, predicted[partner], path))
@@ -324,6 +330,11 @@ def evaluate_folders(predictions: Path, references: Path) -> tuple[list[str], li
         told = f"{predictions}: label values {', '.join(map(str, unknown))} are in no reference, so their Dice is 0"
         print(f"warning: {told}: if they stand for other values there, map them", file=sys.stderr)
     ordered = sorted(predicted_values | values)
+    if len(ordered) > recipes.MAX_CLASSES:
+        raise ValueError(
+            f"{references} and {predictions}: {len(ordered)} different label values; is one of the files an image? Put "
+            "masks alone there."
+        )
     if len(ordered) < 2:
         raise ValueError(f"{references}: all masks are empty: there is nothing to measure.")
     results = []
@@ -332,8 +343,8 @@ def evaluate_folders(predictions: Path, references: Path) -> tuple[list[str], li
         if p.shape != r.shape:
             raise ValueError(f"{predicted}: shape {p.shape}, but {reference} has {r.shape}: put both on one grid.")
         spacing = tuple(voxel_sizes(r_affine).tolist())
-        if not np.allclose(p_affine, r_affine, atol=1e-3):
-            raise ValueError(f"{predicted}: its affine is not that of {reference}: they are not the same grid.")
+        if apart := nifti.grids_apart(p.shape, p_affine, r_affine):
+            raise ValueError(f"{predicted}: not the same grid as {reference}, up to {apart:.3g} mm away from it.")
         p, r = (recipes.map_labels(array, ordered) for array in (p, r))
         results.append(metrics.case_metrics(p, r, len(ordered), spacing))
     return [name for name, *_ in pairs], [str(v) for v in ordered], results

@@ -43,7 +43,7 @@ class Scan:
 
 
 def find_scans(path: Path, channels: int = 1) -> list[Scan]:
-    """The scan that `path` is, or all below it, sorted.
+    """The scan that `path` is, or all below it, sorted; masks among them are left out, and that is told.
 
     Args:
       path: a file, or a folder.
@@ -54,7 +54,7 @@ def find_scans(path: Path, channels: int = 1) -> list[Scan]:
       ValueError: the masks of two scans would have the same name.
     """
     path = path if path.name not in ("", "..") else path.resolve()
-    found = [path] if path.is_file() else list_scans(path)
+    found = [path] if path.is_file() else _without_masks(list_scans(path))
     if not found:
         raise FileNotFoundError(f"{path}: no .nii or .nii.gz file there, nor NRRD, MetaImage or DICOM.")
     root = path.parent if found == [path] else path
@@ -70,6 +70,22 @@ def find_scans(path: Path, channels: int = 1) -> list[Scan]:
         if other != scan:
             raise ValueError(f"{scan.paths[0]}, {other.paths[0]}: the masks of both would be {scan.mask}; rename one.")
     return list(scans.values())
+
+
+def _without_masks(found: list[Path]) -> list[Path]:
+    """Without masks that `predict` wrote, and those named as a scan beside them; all, where there is nothing else."""
+    beside = {p.with_name(name) for p in found for name in (formats.stem(p), _case(p)) if name}
+
+    def is_mask(path: Path) -> bool:
+        name = formats.stem(path)
+        scan = formats.without_mask_ending(name)
+        return (scan != name and path.with_name(scan) in beside) or nifti.is_our_mask(path)
+
+    masks = [path for path in found if is_mask(path)]
+    if not masks or len(masks) == len(found):
+        return found
+    print(f"left out: {len(masks)} masks, of scans beside them or written by predict, such as {masks[0]}")
+    return [path for path in found if path not in set(masks)]
 
 
 def _by_case(found: list[Path]) -> dict[Path, list[Path]]:
@@ -204,8 +220,11 @@ def predict_scans(
             try:
                 if target.resolve() in originals:
                     raise ValueError(f"{target}: the mask would replace a scan; choose another --output.")
-                if target.is_file() and not target.is_symlink() and not nifti.is_our_mask(target):
-                    raise ValueError(f"{target}: is no mask that predict wrote, so it stays; choose another --output.")
+                if target.is_file() and not target.is_symlink() and not nifti.is_unchanged_mask(target):
+                    raise ValueError(
+                        f"{target}: is no mask that predict wrote, or was changed since, so it stays; choose another "
+                        "--output, or move it."
+                    )
                 prepared = read_prepared(network, scan.paths)
             except Exception as raised:  # for its turn: the scans before it are not told yet
                 error = raised
@@ -262,10 +281,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     predict = evaluate.make_predictor(network.model, tuple(network.config.data.patch_size), args.overlap)
-    others = [scan for scan in scans if not nifti.is_our_mask(scan.paths[0])]
-    if others and len(others) < len(scans):
-        print(f"left out: {len(scans) - len(others)} masks that predict wrote")
-        scans = others
     print(f"{network.path}, {network.name}: {len(scans)} scan(s)")
     failed = 0
     for outcome in predict_scans(network, predict, scans, args.output):
@@ -274,12 +289,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise outcome.error
             print(f"{outcome.mask}  {outcome.seconds:.2f} s", flush=True)
             _tell_doubts(outcome.scan.paths, outcome.warned)
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not parallel.out_of_memory(error):
+        except Exception as error:  # whatever it is, the other scans can still be segmented
+            if os.environ.get("SSCL_TRACEBACK"):
                 raise
             failed += 1
-            lacking = f"{outcome.scan.paths[0]}: out of memory: " if parallel.out_of_memory(error) else ""
-            print(f"error: {lacking}{error}", file=sys.stderr, flush=True)
+            kind = "out of memory: " if parallel.out_of_memory(error) else f"{type(error).__name__}: "
+            named = isinstance(error, (ValueError, OSError))
+            lacking = "" if named else f"{outcome.scan.paths[0]}: {kind}"
+            print(f"error: {lacking}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
     if failed:
         sys.exit(f"error: {failed} of {len(scans)} scans could not be segmented; the reasons are above.")
 

@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import gzip
 import json
@@ -215,14 +216,20 @@ def test_a_rotated_grid_is_measured_along_its_own_axes(tmp_path):
     np.testing.assert_array_equal(result.flagged, [False, True])
 
 
-def test_masks_pair_by_place_and_name(tmp_path):
+def test_masks_pair_by_place_and_name(tmp_path, capsys):
     p, r = tmp_path / "p", tmp_path / "r"
-    for name in ("one/a", "two/a", "b", "c", "d", "e"):
+    for name in ("one/a", "two/a", "b", "c", "d", "f_0000", "e/e", "e/e_gt"):
         write(p / f"{name}.nii.gz", np.ones((2, 2, 2)))
-    # The last lies beside its scan, as in ACDC; the prediction has the scan's name.
-    for name in ("one/a_gt", "two/a", "b_label", "c_seg", "d", "e", "e_gt"):
+    # The last lies beside its scan and others, as in ACDC; the prediction has the scan's name.
+    for name in ("one/a_gt", "two/a", "b_label", "c_seg", "d", "f", "e/e", "e/e_4d", "e/e_gt"):
         write(r / f"{name}.nii.gz", np.ones((2, 2, 2)))
+    # A mask of a mask, which must not stand for that of the scan.
+    with pytest.raises(FileNotFoundError, match=r"e_gt\.nii\.gz: .* has no reference for it \(1 such\)"):
+        evaluate.mask_pairs(p, r)
+    (p / "e" / "e_gt.nii.gz").unlink()
+    capsys.readouterr()
     found = evaluate.mask_pairs(p, r)
+    assert capsys.readouterr().err == f"passed over: 2 scans beside references, such as {r / 'e' / 'e.nii.gz'}\n"
     pairs = {name: (a.relative_to(p).as_posix(), b.relative_to(r).as_posix()) for name, a, b in found}
     assert len(found) == len(pairs)
     assert pairs == {
@@ -231,7 +238,8 @@ def test_masks_pair_by_place_and_name(tmp_path):
         "b": ("b.nii.gz", "b_label.nii.gz"),
         "c": ("c.nii.gz", "c_seg.nii.gz"),
         "d": ("d.nii.gz", "d.nii.gz"),
-        "e": ("e.nii.gz", "e_gt.nii.gz"),
+        "f_0000": ("f_0000.nii.gz", "f.nii.gz"),
+        "e/e": ("e/e.nii.gz", "e/e_gt.nii.gz"),
     }
 
 
@@ -259,6 +267,25 @@ def test_masks_on_other_grids_are_an_error(masks):
     write(masks / "p" / "a.nii.gz", np.ones((6, 7, 4)), np.diag([1.5, 2, 9, 1]))
     with pytest.raises(ValueError, match=r"a\.nii\.gz.*not the same grid"):
         evaluate.evaluate_folders(masks / "p", masks / "r")
+
+
+@pytest.mark.parametrize(
+    ("shift", "size", "same"), [(0.02, 0, True), (0, 0.002, True), (0.2, 0, False), (0, 0.2, False)]
+)
+def test_grids_are_the_same_where_the_preparer_takes_them_for_it(shift, size, same, masks):
+    affine = nib.load(masks / "r" / "a_gt.nii.gz").affine
+    affine[0, 3] += shift
+    affine[0, 0] += size
+    write(masks / "p" / "a.nii.gz", np.ones((6, 7, 4)), affine)
+    with contextlib.nullcontext() if same else pytest.raises(ValueError, match=r"a\.nii\.gz: not the same grid"):
+        evaluate.evaluate_folders(masks / "p", masks / "r")
+
+
+def test_images_in_place_of_masks_are_an_error(tmp_path):
+    for folder, start in (("p", 0), ("r", 56)):
+        write(tmp_path / folder / "a.nii.gz", np.arange(start, start + 200).reshape(10, 10, 2))
+    with pytest.raises(ValueError, match="256 different label values; is one of the files an image"):
+        evaluate.evaluate_folders(tmp_path / "p", tmp_path / "r")
 
 
 def test_empty_folders_and_masks_are_an_error(tmp_path, masks):

@@ -212,6 +212,41 @@ def test_a_header_without_voxel_size_is_not_taken_for_1_mm(ending, tmp_path):
         formats.read_image(tmp_path / f"a.{ending}")
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("spacings: nan nan nan", "its spacings are nan nan nan; write the voxel sizes"),
+        ("spacings: 0.7 0.7 NaN", "write the voxel sizes"),
+        ('spacings: 1 1 2\nunits: "cm" "cm" "cm"', "in cm, which is not read"),
+        ('spacings: 1 1 2\nunits: "mm" "mm" "mm"', None),
+        ("space: left-posterior-superior\nspace directions: (1,0,0) (0,1,0) (0,0,2)\nspace origin: (0,0,0)", None),
+        (
+            "space: left-posterior-superior\nspace directions: (1,0,0) (0,1,0) (0,0,2)\nspace origin: (0,0,0)\n"
+            'space units: "um" "um" "um"',
+            "in um, which is not read",
+        ),
+    ],
+)
+def test_an_nrrd_whose_voxel_sizes_are_unknown_or_no_millimetres(line, told, tmp_path):
+    head = f"NRRD0004\ntype: short\ndimension: 3\nsizes: 7 6 5\n{line}\nendian: little\nencoding: raw\n\n"
+    (tmp_path / "a.nrrd").write_bytes(head.encode() + voxels().T.astype("<i2").tobytes())
+    if told:
+        with pytest.raises(ValueError, match=rf"a\.nrrd: .*{told}"):
+            formats.read_image(tmp_path / "a.nrrd")
+    else:
+        np.testing.assert_array_equal(np.abs(np.diag(formats.read_image(tmp_path / "a.nrrd")[1])), [1, 1, 2, 1])
+
+
+def test_a_sheared_nrrd_is_told_as_a_sheared_nifti_file(tmp_path):
+    head = (
+        "NRRD0004\ntype: short\ndimension: 3\nsizes: 7 6 5\nspace: left-posterior-superior\n"
+        "space directions: (0.7,0,0) (0.1,0.7,0) (0,0,5)\nspace origin: (0,0,0)\nendian: little\nencoding: raw\n\n"
+    )
+    (tmp_path / "a.nrrd").write_bytes(head.encode() + voxels().T.astype("<i2").tobytes())
+    with pytest.warns(UserWarning, match=r"a\.nrrd: the affine is sheared"):
+        formats.read_image(tmp_path / "a.nrrd")
+
+
 def test_a_library_that_is_not_installed(tmp_path, monkeypatch):
     sitk.WriteImage(itk_image(voxels()), tmp_path / "a.nrrd")
     write_series(tmp_path / "ct")

@@ -465,6 +465,63 @@ def test_a_header_that_says_two_things_is_told(tmp_path):
     assert "d.nii: its sform and qform differ by up to" in nifti.header_warning(mirrored)
 
 
+def test_a_sform_of_unit_steps_is_compared_with_the_qform_too(tmp_path):
+    """It is that of each scan of 1 mm along the axes. Beside other sizes, as in ACDC, it tells no place."""
+
+    def scaled(x, y, z, left=0.0):
+        affine = np.diag([x, y, z, 1.0])
+        affine[0, 3] = left
+        return affine
+
+    image, told = nib.Nifti1Image(np.zeros((5, 4, 3), "i2"), np.eye(4)), "its sform and qform differ"
+    cases = (
+        ((1, 1, 1), scaled(1, 1, 1), ""),
+        ((1, 1, 1), scaled(-1, 1, 1), told),
+        ((1, 1, 1), scaled(1, 1, 1, 9), told),
+        ((1.4, 1.4, 10), scaled(1.4, 1.4, 10, 70), ""),
+        ((1.4, 1.4, 10), scaled(-1.4, 1.4, 10), told),
+    )
+    for number, (sizes, qform, told) in enumerate(cases):
+        image.set_sform(np.eye(4), 2)
+        image.set_qform(qform, 1)
+        image.header["pixdim"][1:4] = sizes
+        path = tmp_path / f"{number}.nii"
+        nib.save(image, path)
+        warning = nifti.header_warning(path)
+        assert told in warning if told else warning == "", number
+
+
+def test_a_mask_that_was_changed_is_told_from_one_that_was_not(tmp_path):
+    path = with_header(tmp_path / "a.nii")
+    array, affine, header = nifti.read_image(path)
+    mask = np.random.default_rng(0).integers(0, 3, array.shape[:3])
+    nifti.write_mask(path, mask, affine, header)
+    assert nifti.is_our_mask(path) and nifti.is_unchanged_mask(path)
+    written = nib.load(path)
+    # Stored in another type it is the same, and with one voxel corrected it is not, whatever the header says.
+    for change, same in ((0, True), (1, False)):
+        mask[1, 2, 1] += change
+        nib.save(nib.Nifti1Image(mask.astype("i2"), None, written.header), path)
+        assert nifti.is_our_mask(path) and nifti.is_unchanged_mask(path) is same
+    nib.save(nib.Nifti1Image(mask.astype("i2"), affine), path)
+    assert not nifti.is_our_mask(path) and not nifti.is_unchanged_mask(path)
+
+
+def test_the_mask_of_a_single_slice_is_as_thick_as_that(tmp_path):
+    nib.save(nib.Nifti1Image(np.zeros((5, 4), "i2"), np.diag([0.5, 0.5, 5, 1])), tmp_path / "a.nii")
+    array, affine, header = nifti.read_image(tmp_path / "a.nii")
+    nifti.write_mask(tmp_path / "mask.nii", np.ones(array.shape[:3], "u1"), affine, header)
+    np.testing.assert_array_equal(nifti.read_label(tmp_path / "mask.nii")[1], affine)
+    assert np.linalg.norm(affine[:3, 2]) == 5 and nifti.header_warning(tmp_path / "mask.nii") == ""
+
+
+def test_frames_with_one_channel_each(tmp_path):
+    nib.save(nib.Nifti1Image(np.zeros((5, 4, 3, 2, 1), "i2"), THICK), tmp_path / "a.nii")
+    array, affine, header = nifti.read_image(tmp_path / "a.nii", channels=True)
+    nifti.write_mask(tmp_path / "mask.nii", np.ones(array.shape, "u1"), affine, header)
+    assert nib.load(tmp_path / "mask.nii").shape == (5, 4, 3, 2)
+
+
 def test_nibabel_says_nothing_beside_our_own_error(tmp_path, caplog):
     path = tmp_path / "a.nii"
     nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), path)

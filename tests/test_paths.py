@@ -49,6 +49,7 @@ def stub(monkeypatch):
     monkeypatch.setattr(experiment, "load_networks", lambda *_: {"teacher": network})
     ones = lambda _, image: np.broadcast_to(np.float32([0, 1]), (*image.shape[:3], 2))  # noqa: E731
     monkeypatch.setattr(evaluate, "make_predictor", lambda *_: ones)
+    return network
 
 
 def run_predict(source, output):
@@ -187,16 +188,81 @@ def test_predict_never_replaces_a_mask_that_it_did_not_write(stub, tmp_path, cap
         reference.write_bytes(content)
         with pytest.raises(SystemExit, match="1 of 1 scans could not"):
             run_predict(scan, tmp_path / "labels")
-        assert "labels/a.nii.gz: is no mask that predict wrote, so it stays" in capsys.readouterr().err
+        assert "labels/a.nii.gz: is no mask that predict wrote, or was changed since" in capsys.readouterr().err
         assert reference.read_bytes() == content
 
 
 def test_masks_of_an_earlier_call_are_made_again_and_not_segmented(stub, tmp_path, capsys):
     write_scan(tmp_path / "in" / "a.nii.gz")
-    for told, output in (("", "in/masks"), ("left out: 1 masks ", "in/masks"), ("left out: 1 masks ", "elsewhere")):
+    for told, output in (("", "in/masks"), ("left out: 1 masks,", "in/masks"), ("left out: 1 masks,", "elsewhere")):
         run_predict(tmp_path / "in", tmp_path / output)
         assert capsys.readouterr().out.startswith(told)
         assert [p.name for p in (tmp_path / output).rglob("*")] == ["a.nii.gz"]
+
+
+def test_a_mask_that_was_corrected_stays_and_is_not_segmented(stub, tmp_path, capsys):
+    scan = write_scan(tmp_path / "in" / "a.nii.gz")
+    run_predict(tmp_path / "in", tmp_path / "in" / "masks")
+    mask = tmp_path / "in" / "masks" / "a.nii.gz"
+    written = nibabel.load(mask)
+    nibabel.save(nibabel.Nifti1Image(np.zeros((9, 8, 4), np.uint8), None, written.header), mask)
+    corrected = mask.read_bytes()
+    with pytest.raises(SystemExit, match="1 of 1 scans could not"):
+        run_predict(tmp_path / "in", tmp_path / "in" / "masks")
+    assert f"{mask}: is no mask that predict wrote, or was changed since" in capsys.readouterr().err
+    assert mask.read_bytes() == corrected and scan.is_file()
+
+
+def test_masks_beside_their_scans_are_not_segmented(stub, tmp_path, capsys):
+    for name in ("p1.nii.gz", "p1_seg.nii.gz", "p2.nii.gz", "p3_seg.nii.gz", "sub/p1_gt.nii.gz"):
+        write_scan(tmp_path / "in" / name)
+    (tmp_path / "in" / "p2.seg.nrrd").touch()  # as 3D Slicer calls it
+    assert [scan.mask.as_posix() for scan in predict.find_scans(tmp_path / "in")] == [
+        "p1.nii.gz", "p2.nii.gz", "p3_seg.nii.gz", "sub/p1_gt.nii.gz"
+    ]  # fmt: skip
+    assert capsys.readouterr().out == (
+        f"left out: 2 masks, of scans beside them or written by predict, such as {tmp_path / 'in' / 'p1_seg.nii.gz'}\n"
+    )
+
+
+def test_masks_beside_scans_of_other_names_do_not_stand_in_the_way_of_a_second_call(stub, tmp_path):
+    for channel in range(2):
+        write_scan(tmp_path / f"p1_000{channel}.nii.gz", channel)
+    (scan,) = predict.find_scans(tmp_path, 2)
+    stub.meta["channels"] = 2
+    for _ in range(2):
+        run_predict(tmp_path, tmp_path)
+        assert predict.find_scans(tmp_path, 2) == [scan]
+
+
+def test_a_scan_whose_header_is_damaged_is_told_and_the_others_segmented(stub, tmp_path, capsys):
+    for name in "abc":
+        write_scan(tmp_path / "in" / f"{name}.nii", ord(name))
+    with open(tmp_path / "in" / "b.nii", "r+b") as file:
+        file.seek(70)
+        file.write(struct.pack("<h", 9999))  # a data type that there is not
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="1 of 3 scans could not"):
+            run_predict(tmp_path / "in", tmp_path / "out")
+        assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'in' / 'b.nii'}: cannot be read")
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii", "c.nii"]
+
+
+def test_a_scan_that_fails_in_no_known_way_is_told_and_the_others_segmented(stub, tmp_path, capsys, monkeypatch):
+    for name in "ab":
+        write_scan(tmp_path / "in" / f"{name}.nii", ord(name))
+    segment = predict.segment_scan
+
+    def broken(network, predict_, scan, output):
+        if output.name == "a.nii":
+            raise KeyError("voxel")
+        segment(network, predict_, scan, output)
+
+    monkeypatch.setattr(predict, "segment_scan", broken)
+    with pytest.raises(SystemExit, match="1 of 2 scans could not"):
+        run_predict(tmp_path / "in", tmp_path / "out")
+    assert capsys.readouterr().err == f"error: {tmp_path / 'in' / 'a.nii'}: KeyError: 'voxel'\n"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.nii"]
 
 
 def test_a_scan_for_which_memory_does_not_suffice_is_told_and_the_others_segmented(stub, tmp_path, capsys, monkeypatch):

@@ -16,6 +16,7 @@ import importlib
 import math
 import re
 import unicodedata
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,9 @@ DICOM = (".dcm", ".ima")
 SUFFIXES = (*NIFTI, *ITK)  # of files that are whole scans
 # Behind the name of a scan, in that of its mask; .seg is 3D Slicer's, of .seg.nrrd.
 MASK_ENDINGS = ("_gt", "_label", "_seg", "_mask", ".seg")
+
+# Names of the unit in NRRD's headers, small; of axes without one, as that of channels, too.
+MILLIMETRES = {b"mm", b"millimeter", b"millimeters", b"millimetre", b"millimetres", b"", b"none", b"???", b"s", b"ms"}
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 UNEQUAL = 0.05  # of the slices' distance: by how much one of them may differ
@@ -55,6 +59,9 @@ def read_image(path: str | Path, channels: bool = False) -> tuple[np.ndarray, np
       FileNotFoundError: there is nothing of this name.
       ValueError: an unknown format, or one whose library is not installed; damaged; RGB or complex; voxels that are
         not finite; a DICOM folder with several series, or whose slices are not equally spaced.
+
+    Warns:
+      UserWarning: as `nifti.read_image`.
     """
     path = Path(path)
     if path.is_dir():
@@ -65,6 +72,8 @@ def read_image(path: str | Path, channels: bool = False) -> tuple[np.ndarray, np
     if array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] in (3, 4):
         raise ValueError(f"{path}: is an RGB colour image; convert it to one number per voxel")
     array = nifti.check_image(path, _to_float32(array), channels)
+    if warning := nifti.shear_warning(path, affine):
+        warnings.warn(warning, stacklevel=2)
     return array, affine, make_header(array.shape, affine)
 
 
@@ -105,6 +114,12 @@ def stem(path: Path) -> str:
     ending = next((e for e in SUFFIXES if path.name.lower().endswith(e)), "")
     name = path.name if path.is_dir() else path.name[: len(path.name) - len(ending)]
     return unicodedata.normalize("NFC", name)
+
+
+def without_mask_ending(name: str) -> str:
+    """Name of the scan of which a file would be the mask, by its name without ending; the same where it is none."""
+    ending = next((each for each in MASK_ENDINGS if name.endswith(each)), "")
+    return name.removesuffix(ending)
 
 
 def _to_float32(array: np.ndarray) -> np.ndarray:
@@ -179,7 +194,7 @@ def _affine_of(image: Any) -> np.ndarray:
 
 
 def _check_says_spacing(path: Path) -> None:
-    """Refuses a header that gives no voxel size, for which ITK would put 1 mm."""
+    """Refuses a header that gives no voxel size, for which ITK would put 1 mm, or gives it in another unit."""
     with open(path, "rb") as file:
         text = file.read(2**16).lower()
     if path.name.lower().endswith((".nrrd", ".nhdr")):
@@ -189,6 +204,15 @@ def _check_says_spacing(path: Path) -> None:
     if not any(word in header for word in words):
         names = " or ".join(word.decode().rstrip(":") for word in words)
         raise ValueError(f"{path}: its header has no {names}; write the voxel sizes into it")
+    # NRRD writes NaN for what is not known, or has no size, as an axis of channels.
+    sizes = re.search(rb"^spacings:(.*)$", header, re.MULTILINE)
+    if sizes and sum(word != b"nan" for word in sizes[1].split()) < 3:
+        raise ValueError(f"{path}: its spacings are {sizes[1].decode().strip()}; write the voxel sizes into its header")
+    units = re.search(rb"^(?:space )?units:(.*)$", header, re.MULTILINE)
+    if units and (others := set(re.findall(rb'"([^"]+)"', units[1])) - MILLIMETRES):
+        raise ValueError(
+            f"{path}: its voxel sizes are in {others.pop().decode(errors='replace')}, which is not read: write mm"
+        )
 
 
 def _check_names_slices(path: Path) -> None:

@@ -20,8 +20,9 @@ from nibabel.affines import voxel_sizes
 
 MAX_VOXELS = 2**31
 MAX_LABELS = 256
-MASK = b"mask made by sscl_jax"  # the description in the header of each mask that is written here
+MASK = "mask made by sscl_jax"  # begins the description in the header of each mask that is written here
 FAR = 1e9  # mm; no scan lies so far away, none has voxels of the inverse
+AFFINE_TOLERANCE = 1e-3  # relative to the voxel size: what float32 headers lose by rounding
 SHEAR = 2e-4  # radians; headers in float32 or with few digits stay below
 MILLIMETRES = {1: 1e3, 3: 1e-3}  # in the units of xyzt_units that are not mm: metre and micron
 # Deflate cannot shrink by more than this factor, so a .gz file bounds the data that it holds.
@@ -97,13 +98,21 @@ def read_channels(paths: Sequence[Path], read: Callable[[Path], tuple]) -> tuple
     (array, affine, *rest), *others = [read(path) for path in paths]
     parts = [array]
     for path, (other, other_affine, *_) in zip(paths[1:], others, strict=True):
-        if other.shape[:3] != array.shape[:3] or not np.allclose(other_affine, affine, rtol=1e-3, atol=1e-3):
+        if other.shape[:3] != array.shape[:3] or grids_apart(array.shape[:3], other_affine, affine):
             raise ValueError(
                 f"{path}: is not on the grid of {paths[0]}, as the channels of one image must be "
                 f"(shapes {other.shape[:3]} and {array.shape[:3]}): resample it"
             )
         parts.append(other)
     return np.concatenate(parts, axis=-1) if others else array, affine, *rest
+
+
+def grids_apart(shape: Sequence[int], affine: np.ndarray, other: np.ndarray) -> float:
+    """How far two grids of one shape (X, Y, Z) are apart, mm, at that corner where most; 0 for what headers round."""
+    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij"), -1).reshape(-1, 3)
+    offset = corners @ (other - affine)[:3, :3].T + (other - affine)[:3, 3]
+    most = float(np.linalg.norm(offset, axis=1).max())
+    return most if most > max(AFFINE_TOLERANCE * max(shape), 0.05) * voxel_sizes(other).min() else 0.0
 
 
 def check_image(path: str | Path, array: np.ndarray, channels: bool = False) -> np.ndarray:
@@ -188,7 +197,7 @@ def shear_warning(path: str | Path, affine: np.ndarray) -> str:
 def header_warning(path: str | Path) -> str:
     """What to tell of a file whose header gives no directions, or two directions or voxel sizes, else "".
 
-    A sform of unit steps along the axes, as that of ACDC, counts as left empty.
+    A sform of unit steps along the axes beside other voxel sizes, as that of ACDC, tells none, and no origin.
     """
     image: Any = nib.load(path)
     header = image.header
@@ -198,20 +207,23 @@ def header_warning(path: str | Path) -> str:
     except ValueError as error:
         return f"{path}: its qform holds no rotation ({error}): the sform counts; correct the header"
     if sform is None and qform is None:
-        axes, sizes = "".join(nib.aff2axcodes(image.affine)), _sizes(voxel_sizes(_affine(header)))
+        axes, taken = "".join(nib.aff2axcodes(image.affine)), _sizes(voxel_sizes(_affine(header)))
         return (
-            f"{path}: its header gives no directions (qform and sform code 0): axes {axes} and voxels of {sizes} mm "
+            f"{path}: its header gives no directions (qform and sform code 0): axes {axes} and voxels of {taken} mm "
             "are taken; make sure that they are, or convert the scan again"
         )
-    if sform is None or np.array_equal(np.abs(sform[:3, :3]), np.eye(3)):
+    if sform is None:
         return ""
     sizes, pixdim = voxel_sizes(sform), np.abs(np.asarray(header["pixdim"][1:4], np.float64))
-    if (sizes > 0).all() and (pixdim > 0).all() and not np.allclose(sizes, pixdim, rtol=0.01):
-        return (
-            f"{path}: its voxels are {_sizes(pixdim)} mm by pixdim and {_sizes(sizes)} mm by the sform: pixdim counts; "
-            "correct the header"
-        )
     extent = [*image.shape[:3], *[1] * (4 - len(image.shape[:3]))]  # and 1 for the origin
+    if (sizes > 0).all() and (pixdim > 0).all() and not np.allclose(sizes, pixdim, rtol=0.01):
+        if not np.array_equal(np.abs(sform[:3, :3]), np.eye(3)):
+            return (
+                f"{path}: its voxels are {_sizes(pixdim)} mm by pixdim and {_sizes(sizes)} mm by the sform: pixdim "
+                "counts; correct the header"
+            )
+        sform[:3, :3] *= pixdim
+        sizes, extent[3] = pixdim, 0
     if qform is not None and (apart := np.linalg.norm(np.abs(sform - qform)[:3] @ extent)) > sizes.max():
         return (
             f"{path}: its sform and qform differ by up to {apart:.3g} mm and may be mirrored: the sform counts; make "
@@ -225,8 +237,9 @@ def write_mask(path: str | Path, mask: np.ndarray, affine: np.ndarray, header: n
 
     The header's geometry (qform, sform, their codes, units, voxel sizes) is kept bit for bit. The
     voxels are stored as the smallest unsigned integer type that holds the largest, unscaled.
-    Header extensions are dropped, since they can hold the patient's name, and the description
-    becomes `MASK`. The file appears under its name only when complete; the parent folder is made.
+    Header extensions are dropped, since they can hold the patient's name, and the description tells
+    that it is ours, with a digest of what it holds. The file appears under its name only when
+    complete; the parent folder is made.
 
     Args:
       path: ends in `.nii` or `.nii.gz`.
@@ -243,7 +256,7 @@ def write_mask(path: str | Path, mask: np.ndarray, affine: np.ndarray, header: n
         raise ValueError(f"{path}: a mask's file name must end in .nii or .nii.gz")
     if mask.dtype.kind not in "biu" or (mask.size and mask.min() < 0):
         raise ValueError(f"{path}: a mask holds whole numbers >= 0, got {mask.dtype}")
-    shape = _without_fourth_of_five(header.get_data_shape())
+    shape = _without_needless_axes(header.get_data_shape())
     shape = shape if mask.ndim == 4 else shape[:3]
     if mask.shape != shape + (1,) * (3 - len(shape)):
         raise ValueError(f"{path}: the mask's shape {mask.shape} is not the image's, {shape}")
@@ -255,15 +268,17 @@ def write_mask(path: str | Path, mask: np.ndarray, affine: np.ndarray, header: n
     header.extensions.clear()
     header["vox_offset"] = 0
     header["cal_min"] = header["cal_max"] = 0
-    header["descrip"] = MASK
+    header["descrip"] = f"{MASK} {_digest(mask)}"
     header.set_intent("none")
+    sizes = header["pixdim"].copy()
     header.set_data_shape(shape)
     header.set_data_dtype(dtype)
     header.set_slope_inter(1, 0)
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     # With an affine nibabel would rewrite qform and sform; without one it leaves the header's.
     image = image_class(mask.astype(dtype).reshape(shape), None, header)
-    image.header["pixdim"] = header["pixdim"]  # of which it mends a 0
+    # Of which it mends a 0, and sets those of axes that a single slice does not have.
+    image.header["pixdim"][:4] = sizes[:4]
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
@@ -275,11 +290,25 @@ def write_mask(path: str | Path, mask: np.ndarray, affine: np.ndarray, header: n
 
 
 def is_our_mask(path: str | Path) -> bool:
-    """Whether `write_mask` wrote this file; reads its header alone."""
+    """Whether `write_mask` wrote this file, which may have been changed since; reads its header alone."""
     try:
-        return nib.load(path).header["descrip"].item() == MASK  # type: ignore[index]
-    except (ValueError, OSError, EOFError, KeyError, zlib.error, nib.filebasedimages.ImageFileError):
+        return nib.load(path).header["descrip"].item().startswith(MASK.encode())  # type: ignore[index]
+    except Exception:  # a damaged header can make nibabel raise almost anything
         return False
+
+
+def is_unchanged_mask(path: str | Path) -> bool:
+    """Whether `write_mask` wrote this file, and its voxels are still those that it wrote."""
+    try:
+        image: Any = nib.load(path)
+        return image.header["descrip"].item().decode() == f"{MASK} {_digest(np.asanyarray(image.dataobj))}"
+    except Exception:  # as above
+        return False
+
+
+def _digest(mask: np.ndarray) -> str:
+    """Eight hexadecimal digits that tell a mask from a corrected one, whatever type it is stored in."""
+    return f"{zlib.crc32(mask.T.astype('<u4').tobytes()):08x}"
 
 
 def _load(path: str | Path, dtype: type | None) -> tuple[nib.Nifti1Image, np.ndarray]:
@@ -301,9 +330,7 @@ def _load(path: str | Path, dtype: type | None) -> tuple[nib.Nifti1Image, np.nda
         kind = "an RGB colour" if stored.fields else f"a {stored}"
         raise ValueError(f"{path}: is {kind} image; convert it to one number per voxel")
 
-    shape = _without_fourth_of_five(image.shape)
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
+    shape = _without_needless_axes(image.shape)
     shape = shape + (1,) * (3 - len(shape)) if len(shape) >= 2 else shape
     if len(shape) not in (3, 4) or min(shape) < 1:
         raise ValueError(f"{path}: has shape {image.shape}; expected (X, Y, Z)")
@@ -333,9 +360,12 @@ def _load(path: str | Path, dtype: type | None) -> tuple[nib.Nifti1Image, np.nda
     return image, array.reshape(shape)
 
 
-def _without_fourth_of_five(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """(X, Y, Z, 1, C), ITK's shape of an image with channels, as (X, Y, Z, C)."""
-    return (*shape[:3], *shape[4:]) if len(shape) == 5 and shape[3] == 1 else shape
+def _without_needless_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(X, Y, Z, 1, C), ITK's shape of an image with channels, as (X, Y, Z, C); and no axis of 1 behind the third."""
+    shape = (*shape[:3], *shape[4:]) if len(shape) == 5 and shape[3] == 1 else shape
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
 
 
 def _keep_zero_sizes(header: nib.Nifti1Header, path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from nibabel import orientations
 from nibabel.affines import voxel_sizes
 
+MAX_CLASSES = 255
 _UNKNOWN = 255  # no class has this index
 _MAX_VOXELS = 2**31
 
@@ -70,8 +71,8 @@ class Recipe:
         if len(self.window) != 2 or not all(map(math.isfinite, self.window)) or self.window[0] >= self.window[1]:
             raise ValueError(f"window must be two rising numbers, got {self.window}")
         values = self.label_values
-        if not 2 <= len(values) <= _UNKNOWN or len(set(values)) < len(values) or min(values) < 0:
-            raise ValueError(f"label_values must be 2 to {_UNKNOWN} different numbers >= 0, got {values}")
+        if not 2 <= len(values) <= MAX_CLASSES or len(set(values)) < len(values) or min(values) < 0:
+            raise ValueError(f"label_values must be 2 to {MAX_CLASSES} different numbers >= 0, got {values}")
         if len(self.class_names) != len(values):
             raise ValueError(f"class_names must be {len(values)}, one for each value, got {self.class_names}")
         if len(set(self.class_names)) < len(values):  # tables are by name
