@@ -110,6 +110,8 @@ def main() -> None:
     def without_contrast():
         other = config.copy_and_resolve_references()
         other.contrast.weight = 0.0
+        if not experiment.uses_unlabeled(other):  # the same images and the teacher's pass, at the price of a difference
+            other.consistency.weight = config.contrast.weight
         return experiment.make_step(other, classes)
 
     def fresh():

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from data_prep import common
 from sscl_jax import cli
+from sscl_jax.data import formats
 from sscl_jax.data.prepared import SPLITS, CaseSource, PreparedDataset
 from sscl_jax.data.recipe import Recipe
 from sscl_jax.data.workers import Workers
@@ -81,7 +82,7 @@ def find_patients(input_dir: Path) -> dict[str, Path]:
     """Folder of each patient id, for any of the layouts in which the archive is found."""
     base = input_dir / "database" if (input_dir / "database").is_dir() else input_dir
     folders = {
-        folder.name: folder
+        formats.stem(folder): folder
         for part in ("training", "testing")
         for folder in sorted((base / part).glob("patient*"))
         if folder.is_dir()
@@ -110,7 +111,7 @@ def patient_cases(folder: Path, split: str) -> tuple[list[CaseSource], list[Path
     Returns:
       Cases; the NIfTI files that belong to none of them; problems, one line each.
     """
-    patient = folder.name
+    patient = formats.stem(folder)
     try:
         frames = read_frames(folder / "Info.cfg")
     except (ValueError, OSError) as error:

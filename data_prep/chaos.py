@@ -110,7 +110,7 @@ def list_sources(input_dir: Path, modality: str) -> tuple[list[CaseSource], list
     problems = []
     for folder in sorted(found, key=_by_number):
         absent = [image for image in images if not (folder / image).is_dir()]
-        first = folders.setdefault(folder.name, folder) if not absent else folder
+        first = folders.setdefault(formats.stem(folder), folder) if not absent else folder
         if absent:
             problems.append(f"{folder}: has no {' and no '.join(absent)}: restore it or remove the patient")
         elif first != folder:

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import os
 import shlex
 import sys
 import warnings
@@ -30,6 +31,7 @@ from sscl_jax.data.prepared import (
 from sscl_jax.data.recipe import Recipe
 from sscl_jax.data.workers import Workers, map_ahead, spread
 
+LONGEST_NAME = 200  # bytes of a case's name, which others are made of; file systems take 255
 MANY_LABELS = 50  # different values in one mask, beyond which it may be an image
 SHEARED = ".*the affine is sheared"  # of `nifti.read_image`; the check tells it in its own list
 ANISOTROPY = 1.5  # voxels that are longer by this factor along one axis than along both others make thick slices
@@ -139,7 +141,7 @@ def read_splits(path: Path) -> dict[str, list[str]]:
                 f'{path}: "{split}" is not a list of patient ids: '
                 'write {"train": ["p1", ...], "val": [...], "test": [...]}'
             )
-        splits[split] = ids
+        splits[split] = [formats.composed(patient) for patient in ids]
     if not splits["train"]:
         raise ValueError(f'{path} has no patient under "train": list at least one')
     seen: dict[str, str] = {}
@@ -201,6 +203,11 @@ def check_case(source: CaseSource, label_values: Sequence[int] | None) -> CaseFa
     """
     problems, warned = [], []
     name = source.image_paths[0]
+    if len(os.fsencode(source.case_id)) > LONGEST_NAME:
+        problems.append(
+            f"{name}: the name of the case, {source.case_id}, is longer than {LONGEST_NAME} bytes, too long for the "
+            "files that are made of it: shorten it"
+        )
     shape = affine = spacing = None
     channels, digest, lowest = 0, "", None
     try:

@@ -147,6 +147,8 @@ def prepare(
         patients, wrong = listed_splits(sources)
     else:
         patients, wrong = draw_splits(sources, val_fraction, test_fraction, seed)
+        if patient_pattern is None and (number := len({source.patient_id for source in sources})) < len(sources):
+            wrong = [f"{line}; but if these are not {number} patients, see --patient_pattern first" for line in wrong]
     sources = common.put_into_splits(sources, patients)
     sources, facts, skipped = common.check_cases(
         sources, label_values, problems + wrong, skip_bad and not wrong, output, workers
@@ -159,7 +161,7 @@ def prepare(
                 f"{sum(source.label_path is None for source in sources)} of {len(sources)} images have no mask: add "
                 "masks, in labels/ by the name of their image, or give --label_values"
             )
-    orientation, grid_spacing = fit_grid(facts, orientation, spacing)
+    orientation, grid_spacing = fit_grid(facts, orientation and orientation.upper(), spacing)
     common.warn_of_modality(sources, facts, modality)
     recipe = Recipe(
         orientation=orientation,
@@ -321,7 +323,7 @@ def list_csv(file: Path) -> tuple[list[Scan], list[str]]:
             problems.append(f"{where}: split is {cells['split']!r}: write train, val or test on every line")
         listed, label = (Path(cells[column].replace("\\", "/")) for column in ("image", "label"))
         parts = [part for part in listed.with_name(formats.stem(listed)).parts if part not in ("/", "..")]
-        case_id = "_".join(parts)
+        case_id = formats.composed("_".join(parts))
         image = file.parent / listed
         same = [seen[key] for key in (image.resolve(), case_id) if key in seen]
         if same:
@@ -332,7 +334,7 @@ def list_csv(file: Path) -> tuple[list[Scan], list[str]]:
             continue
         seen |= {case_id: number, image.resolve(): number}
         mask = file.parent / label if cells["label"] else None
-        scans.append(Scan(case_id, image, mask, cells["patient"], cells["split"]))
+        scans.append(Scan(case_id, image, mask, formats.composed(cells["patient"]), cells["split"]))
     return scans, problems
 
 

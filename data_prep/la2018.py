@@ -108,7 +108,7 @@ def list_sources(
     images: dict[str, Path] = {}
     problems = []
     for path in paths:
-        first = images.setdefault(path.parent.name, path)
+        first = images.setdefault(formats.stem(path.parent), path)
         if first != path:
             problems.append(f"{path}: is the same case as {first}: remove one of them")
     return [case_of(patient, image, form, spacing_of_files) for patient, image in images.items()], problems

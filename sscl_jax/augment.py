@@ -146,8 +146,8 @@ def resample(image: jax.Array, coords: jax.Array, fill: float | jax.Array) -> ja
     Args:
       image: (*shape, C).
       coords: (*patch, rank) positions in pixels; see `random_coordinates`.
-      fill: value outside the canvas, that is more than half a pixel beyond the outermost centres
-        (within that half pixel the edge value holds, as it does for labels).
+      fill: value outside the canvas, or (C,) one for each channel. Outside is more than half a pixel beyond the
+        outermost centres (within that half pixel the edge value holds, as it does for labels).
 
     Returns:
       (*patch, C) in the dtype of `image`, or float32 where that is an integer type.

@@ -98,6 +98,12 @@ class Checkpoints:
             del self._manager  # it has read the folder
         return bool(later)
 
+    def tidy(self) -> None:
+        """Removes what a save left that was killed; for a training, when no other runs in its folder."""
+        if parallel.is_main_process():
+            for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path)
+
     def newest(self) -> tuple[int, dict[str, Any]] | None:
         """Step and JSON values of the newest checkpoint that has readable ones; None if there is no checkpoint.
 
@@ -112,11 +118,18 @@ class Checkpoints:
             try:
                 meta = self.meta(step)
             except Exception:
+                if self._changed(found):
+                    return self._newest()
                 continue
             if "shapes" in meta:
                 return step, meta
         self._refuse_if_any(found)
         return None
+
+    def _changed(self, found: list[int]) -> bool:
+        """Whether a training has saved since, and so removed what was found."""
+        del self._manager  # it has read the folder
+        return self.steps() != found
 
     def restore(self, target: TrainState, set_aside: bool = True) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint that can be read, as NumPy arrays, with its JSON values; None if there is none.
@@ -140,6 +153,8 @@ class Checkpoints:
                 meta = self.meta(step)
                 shapes = meta["shapes"]
             except Exception as error:
+                if not set_aside and self._changed(found):
+                    return self._restore(target, set_aside)
                 self._pass_over(step, error, set_aside)
                 continue
             tree = _to_tree(target)
@@ -150,6 +165,8 @@ class Checkpoints:
                 if _digest(restored) != meta["digest"]:  # Orbax itself does not notice a flipped bit
                     raise ValueError("its content is not what was saved")
             except Exception as error:
+                if not set_aside and self._changed(found):
+                    return self._restore(target, set_aside)
                 self._pass_over(step, error, set_aside)
                 continue
             return flax.serialization.from_state_dict(target, restored), meta
@@ -159,7 +176,8 @@ class Checkpoints:
     def _refuse_if_any(self, found: list[int]) -> None:
         if found:
             raise OSError(
-                f"{self.folder}: none of the checkpoints {found} can be read. Delete the folder to start anew."
+                f"{self.folder}: none of the checkpoints {found} can be read: train anew in another --workdir, or "
+                "delete the folder."
             )
 
     def _pass_over(self, step: int, error: Exception, set_aside: bool) -> None:

@@ -186,7 +186,8 @@ def find_repeats(training: str | Path) -> Repeats:
             raise ValueError(
                 f"{training}: {first} and {folder} differ in {', '.join(differ)}; name repeats of one training."
             )
-    kind = f"{config['method']}, {config['data.labeled_patients']} labelled, {config['steps']} steps"
+    labelled = "all" if config["data.labeled_patients"] < 0 else config["data.labeled_patients"]
+    kind = f"{config['method']}, {labelled} labelled, {config['steps']} steps"
     return Repeats([configs[seeds][0] for seeds in sorted(configs)], sorted(configs), kind)
 
 

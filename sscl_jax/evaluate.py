@@ -78,9 +78,11 @@ def make_predictor(model: UNet, patch: tuple[int, ...], overlap: float = 0.5, ba
     def predict(variables: Any, image: np.ndarray) -> np.ndarray:
         shape = image.shape[:3]
         before = [max(0, p - n) // 2 for p, n in zip(window, shape, strict=True)]
-        after = [max(0, p - n) - b for p, n, b in zip(window, shape, before, strict=True)]
-        pads = [*zip(before, after, strict=True), (0, 0)]
-        image = np.pad(image, pads, constant_values=image.min())
+        inside = tuple(slice(b, b + n) for b, n in zip(before, shape, strict=True))
+        padded = np.empty((*map(max, window, shape), image.shape[3]), image.dtype)
+        padded[:] = image.min(axis=(0, 1, 2))
+        padded[inside] = image
+        image = padded
         starts = [window_starts(n, p, overlap) for n, p in zip(image.shape[:3], window, strict=True)]
         total = np.zeros((*image.shape[:3], model.num_classes), np.float32)
         norm = np.zeros((*image.shape[:3], 1), np.float32)
@@ -96,7 +98,6 @@ def make_predictor(model: UNet, patch: tuple[int, ...], overlap: float = 0.5, ba
             for place, part in zip(chosen, probs[: len(chosen)], strict=True):
                 total[place] += weights * part.reshape(*window, -1)
                 norm[place] += weights
-        inside = tuple(slice(b, b + n) for b, n in zip(before, shape, strict=True))
         return total[inside] / norm[inside]
 
     return predict

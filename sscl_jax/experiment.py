@@ -50,9 +50,14 @@ def check_config(config: ConfigDict) -> None:
                   "contrast.num_queries", "contrast.num_keys", "contrast.cells", "contrast.partitions",
                   "model.projection_dim"):  # fmt: skip
         require(get(field) >= 1, field, "must be at least 1")
-    for field in (f"{term}.weight" for term in UNLABELED_TERMS):
+    for field in (*(f"{term}.weight" for term in UNLABELED_TERMS), "optimizer.warmup_steps", "optimizer.weight_decay",
+                  "augment.rotate", "augment.shear", "augment.elastic", "augment.weak_contrast",
+                  "augment.weak_brightness", "augment.weak_gamma", "augment.contrast", "augment.brightness",
+                  "augment.gamma", "augment.bias", "augment.noise", "augment.blur"):  # fmt: skip
         require(get(field) >= 0, field, "must be at least 0")
-    for field in ("contrast.threshold", "pseudo_label.threshold", "augment.foreground",
+    require(config.optimizer.learning_rate > 0, "optimizer.learning_rate", "must be positive")
+    require(config.optimizer.clip_norm > 0, "optimizer.clip_norm", "must be positive; a large one clips nothing")
+    for field in ("contrast.threshold", "pseudo_label.threshold", "augment.foreground", "augment.spread",
                   "augment.cutmix_probability", "augment.cutmix_labeled"):  # fmt: skip
         require(0 <= get(field) <= 1, field, "must lie in [0, 1]")
     for field in ("teacher.decay", "eval.overlap", "eval.final_overlap"):
@@ -78,6 +83,8 @@ def check_config(config: ConfigDict) -> None:
     require(len(config.augment.flip) == axes, "augment.flip", "give one value for each axis")
     require(0 <= config.contrast.level < levels, "contrast.level", f"choose 0 to {levels - 1}")
     require(config.contrast.temperature > 0, "contrast.temperature", "must be positive")
+    if config.contrast.weight > 0 and config.contrast.sampler != "anatomical":
+        require(config.contrast.cells >= 2, "contrast.cells", "must be at least 2: all in one cell have no negative")
     parallel.local_slice(config.data.labeled_batch)
     if uses_unlabeled(config):
         parallel.local_slice(config.data.unlabeled_batch)

@@ -62,12 +62,17 @@ def write_features(path: Path, features: np.ndarray, labels: np.ndarray, class_n
     for c, name in enumerate(class_names):
         colour = COLOURS[(c - 1) % len(COLOURS)] if c else "#999999"
         axis.plot(*points[labels == c].T, "o", ms=2, alpha=0.3, color=colour)
-        axis.plot([], [], "o", ms=5, color=colour, label=name)
+        axis.plot([], [], "o", ms=5, color=colour, label=plain(name))
     share = sizes**2 / max(np.sum(sizes**2), 1e-12)
     axis.set_xlabel(f"first axis, {100 * share[0]:.0f} % of the variance")
     axis.set_ylabel(f"second axis, {100 * share[1]:.0f} %")
     axis.legend(fontsize=8, frameon=False, loc="best")
     figure.savefig(path, dpi=110)
+
+
+def plain(name: str) -> str:
+    """Text for matplotlib, which would take what stands between two dollar signs for a formula."""
+    return name.replace("$", r"\$")
 
 
 def _draw_case(path: Path, result: CaseResult, dataset: PreparedDataset, title: str) -> None:
@@ -108,8 +113,9 @@ def _draw_case(path: Path, result: CaseResult, dataset: PreparedDataset, title: 
         if n
     )
     spacing = " x ".join(f"{s:.2f}" for s in case.grid.native_spacing)
-    figure.suptitle(f"{case.case_id}, {title}: Dice {dice}; voxels {spacing} mm", fontsize=9)
-    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=n) for i, n in enumerate(recipe.class_names[1:])]
+    figure.suptitle(plain(f"{case.case_id}, {title}: Dice {dice}; voxels {spacing} mm"), fontsize=9)
+    names = map(plain, recipe.class_names[1:])
+    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=n) for i, n in enumerate(names)]
     handles += [Line2D([], [], color="gray", ls=s, label=n) for s, n in (("-", "reference"), ("--", "prediction"))]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)

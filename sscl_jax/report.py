@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from sscl_jax import cli, compare, config_fields
-from sscl_jax.pictures import COLOURS
+from sscl_jax.pictures import COLOURS, plain
 
 # Panels of the curves: title, columns of metrics.csv.
 CURVES = (
@@ -32,6 +32,7 @@ CURVES = (
     ("val HD95, mm", ("val_hd95_mm",)),
     ("terms of the loss", ("sup_ce", "sup_dice", "pl_ce", "pl_dice", "cons")),
     ("contrast", ("con",)),
+    ("queries of the contrast that have a positive and a negative", ("con_queries",)),
     ("share of pixels with a pseudo-label", ("pl_coverage",)),
     ("least soft Dice of a class, on the labels of a step", ("pl_competence",)),
     ("pseudo-labels of the foreground on val", ("val_pl_coverage", "val_pl_accuracy")),
@@ -227,7 +228,7 @@ def _comparison(run: Run, others: Sequence[Run]) -> list[str]:
 
 
 def _results(run: Run, split: str) -> list[str]:
-    tables = run.cases[split]
+    tables, shown = run.cases[split], run.config["eval"]["select"]
     # best_CASE.png and so on: the order in which they are shown, and the case
     found = [
         path for rank in ("best", "median", "worst") for path in run.workdir.glob(f"{split}_overlays/{rank}_*.png")
@@ -235,7 +236,7 @@ def _results(run: Run, split: str) -> list[str]:
     pictures = {path.stem.split("_", 1)[1]: path for path in found}
     parts = [f"<h2>Results on {split}</h2>", _class_table(tables), _strip_plot(tables["teacher"], split)]
     if pictures:
-        parts.append(f"<h2>Best, median and worst case on {split}</h2>")
+        parts.append(f"<h2>Best, median and worst case on {split}, {shown}</h2>")
     for case, path in pictures.items():
         parts.append(f'<figure id="{split}-{_text(case)}">{_png(path, f"overlay of {case}")}</figure>')
     dice = compare.case_means(tables["teacher"], "dice")
@@ -245,7 +246,7 @@ def _results(run: Run, split: str) -> list[str]:
         table = _case_table(tables["teacher"], ranked, split, pictures)
         parts.append(f"<details><summary>all {len(ranked)} cases</summary>{table}</details>")
     if (features := run.workdir / f"{split}_features.png").is_file():
-        caption = "Features of single pixels, coloured by reference class, on their first two principal axes. "
+        caption = f"Pixel features of the {shown}, coloured by reference class, on their first two principal axes. "
         caption += "; ".join(
             f"{network}: compactness {q['compactness']:.3f} (0 to 1), separability {q['separability']:.3f} (0 to 2)"
             for network, q in run.run.get("features", {}).get(split, {}).items()
@@ -282,7 +283,7 @@ def _strip_plot(rows: compare.Rows, split: str) -> str:
         axis.plot(points, place + offsets, "o", ms=4, alpha=0.65, color=COLOURS[place % len(COLOURS)])
         if points.size:
             axis.plot([np.median(points)] * 2, [place - 0.38, place + 0.38], color="#000000", lw=1.6)
-    axis.set(yticks=range(len(classes)), yticklabels=classes, xlim=(-0.02, 1.02))
+    axis.set(yticks=range(len(classes)), yticklabels=[plain(name) for name in classes], xlim=(-0.02, 1.02))
     axis.set_xlabel(f"Dice by {split} case, teacher; bar: median")
     axis.invert_yaxis()
     return f"<figure>{_svg(figure)}</figure>"

@@ -44,12 +44,14 @@ def read_option(text: str) -> tuple[str, list[str]]:
     """`contrast.level=0,1` to ("contrast.level", ["0", "1"]); commas in brackets do not separate.
 
     Raises:
-      argparse.ArgumentTypeError: there is no `=`, or nothing behind it.
+      argparse.ArgumentTypeError: there is no `=`, nothing behind it, a value is empty, or a bracket is not closed.
     """
     name, _, values = text.partition("=")
-    parts = re.findall(r"(?:\([^)]*\)|[^,(])+", values)
-    if not name or not parts:
+    parts = re.split(r",(?![^(\[]*[)\]])", values)
+    if not name or not all(parts):
         raise argparse.ArgumentTypeError(f"{text!r}: write FIELD=VALUE or FIELD=VALUE,VALUE")
+    if any(part.count(left) != part.count(right) for part in parts for left, right in ("()", "[]")):
+        raise argparse.ArgumentTypeError(f"{text!r}: a bracket is not closed")
     return name, parts
 
 
@@ -57,7 +59,7 @@ def plan_runs(grid: Sequence[tuple[str, list[str]]], vary: Sequence[tuple[str, l
     """The trainings of a sweep, by the fields in which they differ: the base first, then what varies.
 
     Raises:
-      ValueError: a field is given twice.
+      ValueError: a field, a value or a training is given twice, or two trainings would have one folder.
     """
     names = [name for name, _ in (*grid, *vary)]
     if repeated := {name for name in names if names.count(name) > 1}:
@@ -65,7 +67,11 @@ def plan_runs(grid: Sequence[tuple[str, list[str]]], vary: Sequence[tuple[str, l
     pairs = ([(name, value) for value in values] for name, values in grid)
     crossed = [dict(fields) for fields in itertools.product(*pairs)]
     changes: list[Fields] = [{}, *({name: value} for name, values in vary for value in values)]
-    return [base | change for change in changes for base in crossed]
+    runs = [base | change for change in changes for base in crossed]
+    folders = [folder_name(fields) for fields in runs]
+    if repeated := {name for name in folders if folders.count(name) > 1}:
+        raise ValueError(f"two trainings would be {', '.join(sorted(repeated))}: list each value once.")
+    return runs
 
 
 def folder_name(fields: Fields) -> str:
@@ -81,14 +87,17 @@ def options_of(config: str, fields: Fields) -> list[str]:
     return [f"--config={config}{method}", *options]
 
 
-def check_run(workdir: Path, options: list[str]) -> None:
+def check_run(workdir: Path, options: list[str], split: str) -> None:
     """Refuses what no training could start from, and a folder with the figures of another training than this one.
 
     Raises:
-      ValueError, OSError: as `train.open_data`; or lists the fields that differ; or the folder cannot be read.
+      ValueError, OSError: as `train.open_data`; or there is nothing to measure in `split`; or lists the fields that
+        differ; or the folder cannot be read.
       SystemExit: there is no such config, method or field; says which.
     """
     config, dataset, roles = train.open_data(training.read_config(options))
+    if not getattr(roles, split):
+        raise ValueError(f"{dataset.name} has no {split} case with a label: there would be nothing to compare.")
     if not (workdir / "report.html").is_file():
         return
     try:
@@ -218,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             fixed["eval.test"] = "True"
         jax.config.update("jax_platforms", "cpu")  # the accelerators are for the trainings
         for fields in runs:
-            check_run(args.output / folder_name(fields), options_of(args.config, fixed | fields))
+            check_run(args.output / folder_name(fields), options_of(args.config, fixed | fields), args.split)
         ends = run_all(args, fixed, runs)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

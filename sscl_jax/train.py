@@ -15,14 +15,17 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
+from tensorboardX import summary as tensorboard
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from sscl_jax import config_fields, evaluate, experiment, metrics, model_card, parallel, pictures, report
 from sscl_jax.checkpoint import Checkpoints
@@ -51,6 +54,7 @@ TERMS = (
     "pl_competence",
     "cons",
     "con",
+    "con_queries",
     "grad_norm",
 )
 COLUMNS = (
@@ -59,6 +63,7 @@ COLUMNS = (
     "val_dice", "val_hd95_mm", "val_pl_coverage", "val_pl_accuracy",
 )  # fmt: skip
 
+UNTOLD = ("con_queries", "grad_norm")  # in the table alone
 IN_FLIGHT = 2  # steps handed to the device and not yet done
 UNPREDICTED = 3  # evaluations without a class in any prediction, after which that is told
 
@@ -125,6 +130,10 @@ def _train(
     start = int(state.step)
     if best.drop_later(start):  # of a training that starts anew, or goes on from before a damaged checkpoint
         memory["best"] = None
+    if restored and memory["best"] and memory["best"]["step"] == start:  # killed between the two saves
+        best.save(state, meta)
+    last.tidy()
+    best.tidy()
     state = parallel.replicate(state)
     meta = {
         "config": config_fields.plain_config(config),
@@ -142,7 +151,8 @@ def _train(
                     (workdir / f"{split}_{name}").unlink(missing_ok=True)
                 shutil.rmtree(workdir / f"{split}_overlays", ignore_errors=True)
         _write_json(workdir / "config.json", meta["config"])
-        _write_json(workdir / "run.json", _facts(dataset, roles, data))
+        known = _measured(workdir) if start == config.steps else {}
+        _write_json(workdir / "run.json", _facts(dataset, roles, data) | known)
     log = Log(workdir, start, main)
     step_fn = experiment.make_step(config, dataset.num_classes)
     patch = tuple(config.data.patch_size)
@@ -157,7 +167,7 @@ def _train(
     pending = {name: tuple(pair) for name, pair in memory["pending"].items()}
     unread: list[tuple[int, Any]] = []
     mark, mark_step = time.monotonic(), start
-    with _caught_signals() as caught:
+    with contextlib.closing(log), _caught_signals() as caught:
         for step, batch in batches.run(start, config.steps):
             state, step_metrics = step_fn(state, batch)
             unread.append((step, step_metrics))
@@ -177,14 +187,16 @@ def _train(
 
             # The order is fixed. Read: waits for the device, and finds a loss that is not finite before anything
             # is saved. Evaluate. Log before saving: rows after the last checkpoint are dropped on resume, so a row
-            # is never lost, and never doubled.
+            # is never lost, and never doubled. The best replaces the one before it, so it is saved last, when the
+            # state that a resumed training goes on from tells of it.
             _read(unread, pending, batches)
             now = time.monotonic()
             memory["seconds"] += now - mark
             speed, mark, mark_step = (done - mark_step) * images / max(now - mark, 1e-9), now, done
             row: dict[str, Any] = {}
+            is_best = False
+            host = parallel.to_host(state) if at_save else state
             if at_eval:
-                host = parallel.to_host(state)
                 variables = experiment.network_variables(host, config.eval.select)
                 results = evaluate.evaluate_cases(predict, variables, dataset, roles.val, largest, threshold)
                 summary = metrics.summarise([r.metrics for r in results])
@@ -202,11 +214,10 @@ def _train(
                     log.images(pictures.write_overlays(workdir / "val_overlays", results, dataset), done)
                 old = memory["best"]
                 if old is None or np.isnan(old["dice"]) or dice > old["dice"]:  # NaN: nothing was there to find
-                    memory["best"] = {"step": done, "dice": dice}
-                    best.save(host, meta | memory | {"pending": pending})
+                    memory["best"], is_best = {"step": done, "dice": dice}, True
                 mark = time.monotonic()  # evaluation is not training time
             if at_log or row:
-                row |= {name: total / max(count, 1e-9) for name, (total, count) in pending.items()}
+                row |= {name: total / count for name, (total, count) in pending.items() if count}
                 row |= {f"weight_{n}": float(w(jnp.asarray(step))) if w else 0.0 for n, w in weights.items()}
                 row |= {"step": done, "seconds": memory["seconds"], "images_per_s": speed}
                 row["learning_rate"] = float(schedule(step))
@@ -214,17 +225,21 @@ def _train(
                 pending = {}
             if at_save:
                 memory["peak"] = max(memory["peak"], parallel.peak_memory())
-                last.save(parallel.to_host(state), meta | memory | {"pending": pending})
+                last.save(host, meta | memory | {"pending": pending})
+            if is_best:
+                best.save(host, meta | memory | {"pending": pending})
             if stopping:
-                log.close()
-                if main:
-                    name = signal.Signals(stopping).name
-                    print(f"stopped by {name} at step {done}; saved. Run the same command to go on.")
-                sys.exit(128 + stopping)
+                _leave(stopping, done)
         if stopping := parallel.agreed(caught[0] if caught else 0):  # during the last step, which is saved
-            sys.exit(128 + stopping)
-    log.close()
+            _leave(stopping, config.steps)
     return _final_tables(config, workdir, dataset, roles, data, memory["seconds"], memory["peak"])
+
+
+def _leave(stopping: int, step: int) -> NoReturn:
+    if parallel.is_main_process():
+        name = signal.Signals(stopping).name
+        print(f"stopped by {name} at step {step}; saved. Run the same command to go on.")
+    sys.exit(128 + stopping)
 
 
 def open_data(config: ConfigDict) -> tuple[ConfigDict, PreparedDataset, Roles]:
@@ -328,7 +343,11 @@ def _read(unread: list[tuple[int, Any]], pending: dict[str, tuple[float, float]]
 
 
 class Log:
-    """metrics.csv, TensorBoard events and a line on the terminal for each row; pictures go to the events too."""
+    """metrics.csv, TensorBoard events and a line on the terminal for each row; pictures go to the events too.
+
+    Events are written here and not by tensorboardX's thread: with a full disk that ends, and whoever writes to it then
+    waits for ever.
+    """
 
     def __init__(self, workdir: Path, start: int, main: bool):
         self.main = main
@@ -345,7 +364,11 @@ class Log:
             writer.writeheader()
             writer.writerows(rows)
         os.replace(temporary, self.path)
-        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        folder = workdir / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self.events = EventsWriter(str(folder / "events"))
+        # What a training that was killed told of later steps counts no more.
+        self._tell(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, row: dict[str, Any], steps: int, images: int) -> None:
         """Writes one row; fields it lacks stay empty."""
@@ -354,12 +377,14 @@ class Log:
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             text = {n: f"{v:.8g}" if isinstance(v, float) else v for n, v in row.items()}
             csv.DictWriter(file, COLUMNS).writerow(text)
+        scalars = Summary()
         for name, value in row.items():
             if name != "step":
-                self.events.add_scalar(name, value, row["step"])
+                scalars.MergeFrom(tensorboard.scalar(name, value))
+        self._tell(Event(step=row["step"], summary=scalars))
         left = (steps - row["step"]) * images / max(row["images_per_s"], 1e-9)
         parts = [f"step {row['step']}/{steps}"]
-        parts += [f"{name} {row[name]:.3f}" for name in TERMS if name in row and name != "grad_norm"]
+        parts += [f"{name} {row[name]:.3f}" for name in TERMS if name in row and name not in UNTOLD]
         if "val_dice" in row:
             parts += [f"val Dice {row['val_dice']:.3f}"]
         parts += [f"{row['images_per_s']:.0f} images/s", f"{duration(left)} left"]
@@ -369,10 +394,16 @@ class Log:
         """Adds `best_CASE.png` and so on to the events, as val/best and so on."""
         for path in paths:
             picture = matplotlib.image.imread(path)
-            self.events.add_image(f"val/{path.stem.split('_')[0]}", picture, step, dataformats="HWC")
+            name = f"val/{path.stem.split('_')[0]}"
+            self._tell(Event(step=step, summary=tensorboard.image(name, picture, dataformats="HWC")))
+
+    def _tell(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self.events.write_event(event)
+        self.events.flush()
 
     def close(self) -> None:
-        """Flushes the events."""
+        """Closes the file of the events."""
         if self.main:
             self.events.close()
 
@@ -441,6 +472,15 @@ def _facts(dataset: PreparedDataset, roles: Roles, data: dict[str, str]) -> dict
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
         "revision": _revision(),
     }
+
+
+def _measured(workdir: Path) -> dict[str, Any]:
+    """What run.json tells of the tables that a training has left: they stay where it measures fewer splits anew."""
+    try:
+        left = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {name: left[name] for name in ("features", "measured_on") if name in left}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -513,7 +553,7 @@ def _final_tables(
     largest = config.eval.largest_component
     networks = list(experiment.load_networks(workdir).values())
     summaries: dict[str, dict[str, metrics.Summary]] = {}
-    facts = _facts(dataset, roles, data) | {"features": {}, "measured_on": {}}
+    facts = _facts(dataset, roles, data) | {"features": {}, "measured_on": {}} | _measured(workdir)
     for split, cases in splits.items():
         if not cases:
             continue

@@ -131,7 +131,7 @@ def draw_views(
     coords = augment.random_coordinates(
         warp_key, shape=shape, extent=example["extent"], patch=patch, focus=focus, **views.geometry
     )
-    warped = augment.resample(image, coords, jnp.min(image))
+    warped = augment.resample(image, coords, jnp.min(image, axis=range(len(shape))))
     position, inside = augment.normalised_position(coords, shape, example["extent"])
     low, high = example["depth"]
     along = position[..., 0] if len(patch) == 3 else jnp.full(patch, 0.5)
@@ -262,7 +262,10 @@ def make_train_step(
         return contrast.region_draw(keys, pixels, num_cells=options.cells**2, count=count)
 
     def contrast_loss(sampler, student, teacher, query_features, key_features, query_pixels, key_pixels, keys):
-        """This device's share of the mean InfoNCE of one sampler, its queries against the keys of all devices."""
+        """This device's share of the mean InfoNCE of one sampler, its queries against the keys of all devices.
+
+        And the number of queries, on all devices, that have a positive and a negative.
+        """
         options = contrast_options
         query_keys, key_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         queries = draw(sampler, query_keys, query_pixels, options.num_queries)
@@ -283,7 +286,8 @@ def make_train_step(
             negative,
             options.temperature,
         )
-        return jnp.sum(loss) / jnp.maximum(global_sum(jnp.sum(valid)), 1)
+        count = global_sum(jnp.sum(valid))
+        return jnp.sum(loss) / jnp.maximum(count, 1), count
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # 1. Views, through one warp each.
@@ -373,9 +377,11 @@ def make_train_step(
                     describe_pixels(key_views["probs"], key_views, contrast_options),
                     keys,
                 )
-                term = sum(contrast_loss(sampler, *sides) for sampler in samplers) / len(samplers)
+                terms, counts = zip(*(contrast_loss(sampler, *sides) for sampler in samplers), strict=True)
+                term, count = sum(terms) / len(samplers), jnp.stack(counts).sum()
                 loss += contrast_weight(state.step) * term
-                metrics["con"] = (global_sum(term), jnp.ones(()))
+                metrics["con"] = (global_sum(term), (count > 0).astype(jnp.float32))  # a step without pairs has none
+                metrics["con_queries"] = (count.astype(jnp.float32), jnp.ones(()))
             metrics["loss"] = (global_sum(loss), jnp.ones(()))
             return loss, (metrics, updated.get("batch_stats", {}))
 

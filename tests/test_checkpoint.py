@@ -153,10 +153,21 @@ def test_reading_without_training_changes_no_file(saved, damage):
 def test_all_damaged_is_an_error_that_names_the_remedy(saved):
     for step in (2, 3):
         damage_no_meta(saved / "checkpoints" / "last" / str(step))
-    with pytest.raises(OSError, match=r"none of .*\[2, 3\].*Delete the folder"):
+    with pytest.raises(OSError, match=r"none of .*\[2, 3\].*delete the folder"):
         Checkpoints(saved, "last").newest()
-    with pytest.warns(UserWarning), pytest.raises(OSError, match=r"none of .*\[2, 3\].*Delete the folder"):
+    with pytest.warns(UserWarning), pytest.raises(OSError, match=r"none of .*\[2, 3\].*delete the folder"):
         Checkpoints(saved, "last").restore(make_state())
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read(tmp_path):
+    """Of `best` one is kept, and a training may save the next at any time."""
+    for read in (lambda c: c.restore(make_state(), set_aside=False)[0], lambda c: make_state(c.newest()[0])):
+        Checkpoints(tmp_path, "best").save(make_state(1), {})
+        reader = Checkpoints(tmp_path, "best")
+        assert reader.steps() == [1]
+        Checkpoints(tmp_path, "best").save(make_state(2), {})
+        assert_same(read(reader), make_state(2))
+        shutil.rmtree(tmp_path / "checkpoints")
 
 
 def test_half_written_checkpoints_are_ignored(saved):

@@ -316,6 +316,15 @@ def test_draw_that_leaves_a_part_empty():
     assert "change the fractions" in problems[0]
 
 
+def test_a_draw_of_patients_that_were_joined_by_name_leads_to_the_pattern_first(tmp_path):
+    """Of visits of the same people, v1_p1, v1_p2 and v2_p1, it would make a seed for a leak."""
+    for number, name in enumerate(f"v{visit}_p{person}" for visit in (1, 2) for person in (1, 2, 3)):
+        for part, array in (("images", image_of(number)), ("labels", label_of(number))):
+            write_nifti(tmp_path / "in" / part / f"{name}.nii.gz", array)
+    with pytest.raises(common.Problems, match="if these are not 2 patients, see --patient_pattern first"):
+        folder.prepare(tmp_path / "out", tmp_path / "in")
+
+
 @pytest.mark.parametrize("labelled", [2, 3, 4])
 def test_a_draw_leaves_a_mask_for_training(labelled):
     scans = folder.to_sources(

@@ -141,6 +141,18 @@ def test_overlapping_windows_are_averaged_by_weight(patch, shape):
     np.testing.assert_allclose(got, (total / norm[..., None])[inside], rtol=1e-4, atol=1e-5)
 
 
+def test_each_channel_is_surrounded_by_its_own_minimum():
+    class Means:
+        num_classes = 2
+
+        def apply(self, _, images):
+            return jnp.broadcast_to(images.mean((1, 2), keepdims=True), images.shape), None
+
+    image = np.broadcast_to(np.float32([2, -1]), (1, 3, 2, 2))
+    got = evaluate.make_predictor(Means(), (4, 8))(None, image)
+    np.testing.assert_allclose(got[..., 0], 1 / (1 + np.exp(-3)), rtol=1e-6)
+
+
 def test_gaussian_window_is_separable_and_greatest_in_the_centre():
     weights = evaluate.gaussian_window((9, 5))
     assert weights.shape == (9, 5) and np.argmax(weights) == 4 * 5 + 2 and weights.min() > 0

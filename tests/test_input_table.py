@@ -478,6 +478,30 @@ def test_lists_as_spreadsheets_write_them(tmp_path, text, encoding):
     assert scans[0].label.samefile(base / "labels" / "a.nii.gz") and scans[1].label is None
 
 
+def test_a_patient_whose_accents_are_written_in_two_ways_is_one(tmp_path):
+    one, other = "Zo\u00eb", "Zoe\u0308"
+    base = write_pairs(tmp_path, ["a", "b", "c"])
+    lines = [
+        f"images/{name}.nii.gz,labels/{name}.nii.gz,{patient}"
+        for name, patient in zip("abc", (one, other, "x"), strict=True)
+    ]
+    scans, _ = folder.list_csv(write_csv(base, "\n".join(["image,label,patient", *lines])))
+    assert [scan.patient for scan in scans] == [one, one, "x"]
+    (tmp_path / "splits.json").write_text(json.dumps({"train": [other], "val": ["x"]}))
+    assert common.read_splits(tmp_path / "splits.json")["train"] == [one]
+    (tmp_path / "splits.json").write_text(json.dumps({"train": [other], "val": [one]}))
+    with pytest.raises(common.Problems, match="is listed under train and val"):
+        common.read_splits(tmp_path / "splits.json")
+
+
+def test_a_name_that_is_too_long_for_the_files_made_of_it_is_told(tmp_path):
+    names = [letter * 70 for letter in "abc"]
+    write_pairs(tmp_path.joinpath(*names), ["e"])
+    text = f"image,label\n{'/'.join(names)}/images/e.nii.gz,{'/'.join(names)}/labels/e.nii.gz\n"
+    with pytest.raises(common.Problems, match="is longer than 200 bytes, too long for the files that are made of it"):
+        folder.prepare(tmp_path / "out", csv_file=write_csv(tmp_path, text), **ALL_TRAIN)
+
+
 @pytest.mark.parametrize(
     ("text", "encoding", "message"),
     [

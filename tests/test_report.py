@@ -49,6 +49,7 @@ def make_run(workdir, dice, split="val", used="contrast"):
     }  # fmt: skip
     (workdir / "run.json").write_text(json.dumps(facts))
     config = {"method": workdir.name, "seed": 0, "steps": 3, "data": {"labeled_patients": 2}}
+    config["eval"] = {"select": "student"}
     config |= {term: {"weight": float(term == used)} for term in config_fields.UNLABELED_TERMS}
     (workdir / "config.json").write_text(json.dumps(config))
     return workdir
@@ -111,7 +112,7 @@ def test_page_needs_nothing_but_itself_and_escapes_names(tmp_path):
     assert sources and all(s.startswith(("data:image/png;base64,", "#")) for s in sources)
     assert not re.findall(r"<(?:script|link|iframe)", page)
     assert page.count("<svg") == 2 and "#000000" not in page
-    assert "compactness 0.900" in page
+    assert "compactness 0.900" in page and "Pixel features of the student" in page
     assert ">con</text>" not in page  # a term that stayed 0 has no panel
 
 
@@ -147,12 +148,19 @@ def test_comparison_is_paired_by_patient(tmp_path, capsys):
         report.main(["--workdir", str(ours), "--compare", str(theirs)])
 
 
+def test_dollar_signs_in_names_are_no_formulas(tmp_path):
+    workdir = make_run(tmp_path / "run", {("a", r"$\x$ and $y"): 0.5})
+    names = ["$\\bad{$", r"$\x$ and $y", "$"]
+    pictures.write_features(workdir / "val_features.png", np.eye(6), np.arange(6) % 3, names)
+    assert r"$\x$ and $y" in report.write_report(workdir).read_text()
+
+
 def test_a_structure_too_small_for_the_prepared_grid_is_drawn(tmp_path):
     scan, mask = np.random.RandomState(0).rand(24, 24, 4).astype("f4"), np.zeros((24, 24, 4), "u1")
     mask[9, 9, 2] = 1
     for part, array in (("images", scan), ("labels", mask)):
         (tmp_path / part).mkdir()
-        nib.save(nib.Nifti1Image(array, np.diag([1.0, 1.0, 5.0, 1.0])), tmp_path / part / "a.nii.gz")
+        nib.save(nib.Nifti1Image(array, np.diag([1.0, 1.0, 5.0, 1.0])), tmp_path / part / "$\\a{$.nii.gz")
     dataset = folder.prepare(tmp_path / "prepared", tmp_path, spacing=[4.0], val_fraction=0, test_fraction=0)
     (case,) = dataset.cases
     assert mask.any() and not dataset.label(0).any()

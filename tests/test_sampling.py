@@ -163,6 +163,13 @@ def test_every_channel_is_read():
     np.testing.assert_array_equal(batch["image"], volumes.image(0))
 
 
+def test_each_channel_is_surrounded_by_its_own_minimum():
+    volumes = Volumes([(1, 3, 4)], channels=2)
+    for canvas in ((5, 4), (3, 5, 4)):
+        batch = Pool(volumes, volumes.cases, canvas, labeled=False).batch(np.array([0]))
+        np.testing.assert_array_equal(batch["image"].reshape(-1, 5, 4, 2)[0, 0], np.full((4, 2), [0, 0.25]))
+
+
 def test_volumes_for_rank_three():
     volumes = Volumes([(3, 4, 5), (2, 6, 5)])
     pool = Pool(volumes, volumes.cases, canvas_shape(volumes.cases, (2, 2, 2)), labeled=True)

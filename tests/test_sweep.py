@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from data_prep import acdc, phantom
 from sscl_jax import sweep
 from sscl_jax.checkpoint import Checkpoints
 
@@ -23,12 +24,18 @@ def test_options():
     assert sweep.read_option("contrast.level=0,2") == ("contrast.level", ["0", "2"])
     assert sweep.read_option("data.patch_size=(64,64),(96, 96)") == ("data.patch_size", ["(64,64)", "(96, 96)"])
     assert sweep.read_option("data.path=a=b") == ("data.path", ["a=b"])
+    assert sweep.read_option("augment.scale=[0.8,1.2],(1,1)") == ("augment.scale", ["[0.8,1.2]", "(1,1)"])
 
 
-@pytest.mark.parametrize("text", ["contrast.level", "=1", "seed="])
+@pytest.mark.parametrize("text", ["contrast.level", "=1", "seed=", "seed=0,"])
 def test_options_that_are_none(text):
     with pytest.raises(sweep.argparse.ArgumentTypeError, match="write FIELD=VALUE"):
         sweep.read_option(text)
+
+
+def test_a_bracket_that_is_not_closed_is_told():
+    with pytest.raises(sweep.argparse.ArgumentTypeError, match="a bracket is not closed"):
+        sweep.read_option("data.path=/x/a(b")
 
 
 def test_grid_is_crossed_and_what_varies_changes_alone():
@@ -39,6 +46,10 @@ def test_grid_is_crossed_and_what_varies_changes_alone():
     assert sweep.plan_runs([], []) == [{}]
     with pytest.raises(ValueError, match="seed given twice"):
         sweep.plan_runs([("seed", ["0"])], [("seed", ["1"])])
+    # One training is no repeat of itself, and two do not share a folder.
+    for grid in (("seed", ["0", "0"]), ("data.path", ["d/a", "d_a"])):
+        with pytest.raises(ValueError, match=f"two trainings would be {grid[0]}=.*: list each value once"):
+            sweep.plan_runs([grid], [])
 
 
 def test_names_and_commands(tmp_path):
@@ -126,6 +137,9 @@ def test_a_sweep_trains_what_has_not_ended_and_names_what_failed(phantom_data, t
     assert "method=supervised,seed=1: exit status 1; error: --workdir=" in second.stdout
     assert (tmp_path / "method=supervised" / "report.html").stat().st_mtime_ns == kept
 
+    no_test = tmp_path / "no_test"
+    phantom.generate(tmp_path / "scans", patients=3, val=1, test=0)
+    acdc.prepare(tmp_path / "scans", no_test, spacing=6.0)
     # Nothing is trained where one of the trainings could not be, or where a folder holds the figures of another.
     for option, message in (
         ("--set=optimizer.learning_rate=1", "holds another training: optimizer.learning_rate was 0.002"),
@@ -133,9 +147,11 @@ def test_a_sweep_trains_what_has_not_ended_and_names_what_failed(phantom_data, t
         ("--set=nosuch=1", "the config has no field nosuch"),
         ("--vary=model.norm=none", "model.norm='none': choose 'group' or 'batch'"),
         ("--jobs=0", "--jobs=0: at least 1 training"),
+        (f"--set=data.path={no_test}", "has no test case with a label: there would be nothing to compare"),
     ):
         with pytest.raises(SystemExit) as refused:
-            sweep.main(command(phantom_data, tmp_path, "--grid=method=supervised", option)[5:])
+            split = ["--split=test"] if "no test" in message else []
+            sweep.main(command(phantom_data, tmp_path, "--grid=method=supervised", option, *split)[5:])
         told = str(refused.value.code)
         assert message in told and "\n" not in told
     (tmp_path / "method=supervised" / "run.json").write_text('{"fingerprint": ')

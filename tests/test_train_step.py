@@ -284,22 +284,23 @@ def differ(one, other):
 
 
 GROUPS = ("encoder", "decoder", "projector")
+CONTRAST = {"con", "con_queries"}
 PSEUDO_LABEL = {"pl_ce", "pl_dice", "pl_coverage", "pl_competence"}
 # What each method reports beside the supervised terms, and options that it tries out on the way.
 EXPECTED = {
     "supervised": (set(), {}),
     "mean_teacher": ({"cons"}, {}),
-    "region": ({"con"}, {"data.patch_size": (8, 8, 8), "augment.flip": (False,) * 3}),
+    "region": (CONTRAST, {"data.patch_size": (8, 8, 8), "augment.flip": (False,) * 3}),
     "anatomical": (
-        {"con"},
+        CONTRAST,
         {"contrast.positives": "means", "contrast.level": 0, "teacher.scope": "encoder", "contrast.labeled": True},
     ),
     "pseudo_label": (PSEUDO_LABEL, {"model.norm": "batch", "pseudo_label.threshold": 0.3}),
     "region_pl": (
-        {"con"} | PSEUDO_LABEL - {"pl_competence"},
+        CONTRAST | PSEUDO_LABEL - {"pl_competence"},
         {"pseudo_label.competence": False},
     ),
-    "anatomical_pl": ({"con"} | PSEUDO_LABEL, {"contrast.labeled": True}),  # the teacher knows one class so early
+    "anatomical_pl": (CONTRAST | PSEUDO_LABEL, {"contrast.labeled": True}),  # the teacher knows one class so early
 }
 
 
@@ -321,6 +322,10 @@ def test_a_method_moves_student_and_teacher_and_reports_its_terms(method, cheap)
     assert set(metrics) == {"loss", "sup_ce", "sup_dice", "grad_norm"} | terms
     assert all(np.isfinite(value) for value in metrics.values())
     assert metrics.get("con", 1) > 0 and metrics.get("pl_coverage", 1) > 0
+    options = config.contrast
+    groups = {"region": options.cells**2, "anatomical": 4, "both": options.cells**2 + 4}[options.sampler]
+    images = config.data.unlabeled_batch + options.labeled * config.data.labeled_batch
+    assert 0 < metrics.get("con_queries", 1) <= images * groups * options.num_queries
     assert [int(state.step) for state in states] == [0, 1, 2, 3]
     for state in states:
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
@@ -463,7 +468,7 @@ def test_a_batch_with_nothing_confident_is_finite(cheap, monkeypatch):
     # Not even a label is sure of its class.
     monkeypatch.setattr(train_step, "pool", lambda x, size, reduce: 0.5 * jnp.mean(x) + 0 * x[:, ::2, ::2])
     states, metrics = run(config, steps=1, key="unsure")
-    assert metrics["con"] == 0 and metrics["pl_coverage"] == 0 and metrics["pl_ce"] == 0
+    assert metrics["con"] == 0 and metrics["con_queries"] == 0 and metrics["pl_coverage"] == 0 and metrics["pl_ce"] == 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((states[-1], metrics)))
 
 

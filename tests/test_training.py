@@ -20,6 +20,7 @@ import nibabel
 import numpy as np
 import pytest
 from nibabel import orientations
+from tensorboardX.record_writer import RecordWriter
 
 from configs import base
 from data_prep import acdc
@@ -290,6 +291,51 @@ def test_crashes_between_two_saves_change_no_bit(trained, tiny_config, no_tables
     assert_same_training(tmp_path, trained[0], config)
 
 
+def test_a_crash_between_the_saves_of_last_and_best_changes_no_bit(
+    trained, tiny_config, no_tables, tmp_path, monkeypatch
+):
+    save, left = Checkpoints.save, [1]
+
+    def crash_once(self, state, meta):
+        if self.folder.name == "best" and left.pop():
+            crash()
+        save(self, state, meta)
+
+    monkeypatch.setattr(Checkpoints, "save", crash_once)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train.train(tiny_config(), tmp_path)
+    assert Checkpoints(tmp_path, "last").steps() and not Checkpoints(tmp_path, "best").steps()
+    step = Checkpoints(tmp_path, "last").steps()[-1]
+    (tmp_path / "checkpoints" / "last" / "7.orbax-checkpoint-tmp").mkdir()
+    monkeypatch.setattr(Checkpoints, "save", save)
+    run = train.Batches.run
+
+    def look(self, start, stop):  # the best is whole before a step is made
+        assert start == step and Checkpoints(tmp_path, "best").steps() == [step]
+        assert not list(tmp_path.rglob("*.orbax-checkpoint-tmp"))
+        return run(self, start, stop)
+
+    monkeypatch.setattr(train.Batches, "run", look)
+    train.train(tiny_config(), tmp_path)
+    assert_same_training(tmp_path, trained[0], tiny_config())
+
+
+def test_events_that_cannot_be_written_end_the_training_and_do_not_hang_it(
+    tiny_config, no_tables, tmp_path, monkeypatch
+):
+    write, count = RecordWriter.write, [0]
+
+    def fill(self, data):
+        count[0] += 1
+        if count[0] > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", fill)
+    with pytest.raises(OSError, match="No space left"):
+        train.train(tiny_config(log_every=1), tmp_path)
+
+
 def test_a_damaged_last_checkpoint_costs_only_time(trained, tiny_config, no_tables, tmp_path):
     config = tiny_config()
     shutil.copytree(trained[0], tmp_path / "copy")
@@ -552,6 +598,15 @@ def test_nan_in_a_scan_stops_and_names_it(tiny_config, no_tables, tmp_path, monk
         ({"contrast.level": 3}, r"contrast\.level=3: choose 0 to 2"),
         ({"contrast.sampler": "all"}, "choose 'anatomical', 'region' or 'both'"),
         ({"contrast.temperature": 0.0}, "must be positive"),
+        (
+            {"contrast.weight": 0.1, "contrast.sampler": "both", "contrast.cells": 1},
+            r"contrast\.cells=1: .* no negative",
+        ),
+        ({"optimizer.clip_norm": 0.0}, r"optimizer\.clip_norm=0\.0: must be positive; a large one clips nothing"),
+        ({"optimizer.learning_rate": 0.0}, r"optimizer\.learning_rate=0\.0: must be positive"),
+        ({"optimizer.warmup_steps": -1}, r"optimizer\.warmup_steps=-1: must be at least 0"),
+        ({"augment.noise": -0.1}, r"augment\.noise=-0\.1: must be at least 0"),
+        ({"augment.spread": 1.5}, r"augment\.spread=1\.5: must lie in \[0, 1\]"),
         ({"teacher.scope": "decoder"}, "choose 'network' or 'encoder'"),
         ({"teacher.decay": 1.0}, r"teacher\.decay=1\.0"),
         ({"contrast.threshold": 1.5}, r"contrast\.threshold=1\.5: must lie in \[0, 1\]"),

@@ -112,7 +112,11 @@ def make_header(shape: Sequence[int], affine: np.ndarray) -> nib.Nifti1Header:
 def stem(path: Path) -> str:
     """Name of a scan: of a file without its ending, of a folder as it is; in NFC, for macOS has accents otherwise."""
     ending = next((e for e in SUFFIXES if path.name.lower().endswith(e)), "")
-    name = path.name if path.is_dir() else path.name[: len(path.name) - len(ending)]
+    return composed(path.name if path.is_dir() else path.name[: len(path.name) - len(ending)])
+
+
+def composed(name: str) -> str:
+    """A name in NFC, that is with each accent in its letter, so that one name is written in one way."""
     return unicodedata.normalize("NFC", name)
 
 

@@ -140,7 +140,7 @@ def _shuffled(seed: int, stream: int, epoch: int, size: int) -> np.ndarray:
 class Pool:
     """The samples of some cases: every slice (rank 2) or every volume (rank 3), each on a canvas of one size.
 
-    An image lies centred on the canvas; what surrounds it holds the image's minimum.
+    An image lies centred on the canvas; what surrounds it holds the sample's minimum in each channel.
     """
 
     def __init__(self, dataset: PreparedDataset, cases: list[Case], canvas: tuple[int, ...], labeled: bool):
@@ -177,7 +177,7 @@ class Pool:
             place, source = _centred(image.shape[3 - rank : 3], self.canvas)
             part: Any = (index, *source) if rank == 2 else source
             values = image[part]
-            result["image"][row] = values.min()
+            result["image"][row] = values.min(axis=tuple(range(rank)))
             result["image"][(row, *place)] = values
             result["extent"][row] = [p.stop - p.start for p in place]
             slices = case.grid.shape[0]
