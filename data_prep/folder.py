@@ -128,6 +128,7 @@ def prepare(
     if input_dir and (others := other_files(input_dir)):
         print(f"ignored: {len(others)} other files, such as {others[0].name}")
     listed = {} if splits is None else common.read_splits(splits)
+    told: list[str] = []
     if patient_pattern is None:
         ids = {patient for each in listed.values() for patient in each}
         joined, told = join_patients(scans)
@@ -147,7 +148,8 @@ def prepare(
         patients, wrong = listed_splits(sources)
     else:
         patients, wrong = draw_splits(sources, val_fraction, test_fraction, seed)
-        if patient_pattern is None and (number := len({source.patient_id for source in sources})) < len(sources):
+        if told:  # the names alone say who is whose
+            number = len({source.patient_id for source in sources})
             wrong = [f"{line}; but if these are not {number} patients, see --patient_pattern first" for line in wrong]
     sources = common.put_into_splits(sources, patients)
     sources, facts, skipped = common.check_cases(

@@ -102,7 +102,7 @@ class Checkpoints:
         """Removes what a save left that was killed; for a training, when no other runs in its folder."""
         if parallel.is_main_process():
             for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
         """Step and JSON values of the newest checkpoint that has readable ones; None if there is no checkpoint.

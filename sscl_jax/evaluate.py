@@ -288,9 +288,11 @@ def mask_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Pat
     scan_of = {name: formats.without_mask_ending(name) for name in found}
     # Where one scan lies beside its reference, all that are not named as references are scans.
     with_scans = {path.parent for name, path in found.items() if scan_of[name] != name and scan_of[name] in found}
-    scans = [name for name, path in found.items() if scan_of[name] == name and path.parent in with_scans]
+    scans = {name: path for name, path in found.items() if scan_of[name] == name and path.parent in with_scans}
     if scans:
-        print(f"passed over: {len(scans)} scans beside references, such as {found[scans[0]]}", file=sys.stderr)
+        print(
+            f"passed over: {len(scans)} scans beside references, such as {next(iter(scans.values()))}", file=sys.stderr
+        )
     pairs, used = [], set()
     for name, path in found.items():
         if name in scans:
@@ -306,10 +308,11 @@ def mask_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Pat
         pairs.append((partner, predicted[partner], path))
         used.add(partner)
     if extra := sorted(predicted.keys() - used):
-        raise FileNotFoundError(
-            f"{predicted[extra[0]]}: {references} has no reference for it ({len(extra)} such): give "
-            "--predictions a folder of those that have one."
-        )
+        name, many = extra[0], f"({len(extra)} such)"
+        told = f"{references} has no reference for it {many}: give --predictions a folder of those that have one"
+        if name in scans:
+            told = f"{scans[name]} is taken for its scan, as others there are: name its reference {name}_gt"
+        raise FileNotFoundError(f"{predicted[name]}: {told}.")
     return pairs
 
 

@@ -25,7 +25,7 @@ python -m sscl_jax.predict --checkpoint={workdir} --input=SCANS --output=MASKS
 ```
 
 Input: {modality}, {channels} channel(s). Preprocessing is in the checkpoint and done by the command: orientation
-{orientation}, voxels resampled to {spacing} (slices, rows, columns), {intensity}.
+{orientation}; voxel sizes of slices, rows and columns {spacing}; {intensity}.
 {largest}Masks hold the values {values}.
 
 ## Patients
@@ -75,7 +75,7 @@ def write_card(workdir: Path) -> Path:
         modality=recipe["intensity"].upper(),
         channels=facts["channels"],
         orientation=recipe["orientation"],
-        spacing=" x ".join("as they are" if size is None else f"{size} mm" for size in recipe["spacing"]),
+        spacing=", ".join("as they are" if size is None else f"{size} mm" for size in recipe["spacing"]),
         intensity=scaling[recipe["intensity"]],
         values=", ".join(
             f"{value} ({name})" for value, name in zip(recipe["label_values"], recipe["class_names"], strict=True)

@@ -81,11 +81,12 @@ def _without_masks(found: list[Path]) -> list[Path]:
         scan = formats.without_mask_ending(name)
         return (scan != name and path.with_name(scan) in beside) or nifti.is_our_mask(path)
 
-    masks = [path for path in found if is_mask(path)]
-    if not masks or len(masks) == len(found):
+    masks = {path: is_mask(path) for path in found}
+    if not any(masks.values()) or all(masks.values()):
         return found
-    print(f"left out: {len(masks)} masks, of scans beside them or written by predict, such as {masks[0]}")
-    return [path for path in found if path not in set(masks)]
+    first = next(path for path in found if masks[path])
+    print(f"left out: {sum(masks.values())} masks, of scans beside them or written by predict, such as {first}")
+    return [path for path in found if not masks[path]]
 
 
 def _by_case(found: list[Path]) -> dict[Path, list[Path]]:
@@ -222,8 +223,8 @@ def predict_scans(
                     raise ValueError(f"{target}: the mask would replace a scan; choose another --output.")
                 if target.is_file() and not target.is_symlink() and not nifti.is_unchanged_mask(target):
                     raise ValueError(
-                        f"{target}: is no mask that predict wrote, or was changed since, so it stays; choose another "
-                        "--output, or move it."
+                        f"{target}: is no mask that predict wrote, or may have been changed since, so it stays; choose "
+                        "another --output, or move it."
                     )
                 prepared = read_prepared(network, scan.paths)
             except Exception as raised:  # for its turn: the scans before it are not told yet

@@ -44,14 +44,14 @@ def read_option(text: str) -> tuple[str, list[str]]:
     """`contrast.level=0,1` to ("contrast.level", ["0", "1"]); commas in brackets do not separate.
 
     Raises:
-      argparse.ArgumentTypeError: there is no `=`, nothing behind it, a value is empty, or a bracket is not closed.
+      argparse.ArgumentTypeError: there is no `=`, nothing behind it, a value is empty, or brackets do not match.
     """
     name, _, values = text.partition("=")
     parts = re.split(r",(?![^(\[]*[)\]])", values)
     if not name or not all(parts):
         raise argparse.ArgumentTypeError(f"{text!r}: write FIELD=VALUE or FIELD=VALUE,VALUE")
     if any(part.count(left) != part.count(right) for part in parts for left, right in ("()", "[]")):
-        raise argparse.ArgumentTypeError(f"{text!r}: a bracket is not closed")
+        raise argparse.ArgumentTypeError(f"{text!r}: brackets do not match, or are nested")
     return name, parts
 
 

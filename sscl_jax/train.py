@@ -63,7 +63,7 @@ COLUMNS = (
     "val_dice", "val_hd95_mm", "val_pl_coverage", "val_pl_accuracy",
 )  # fmt: skip
 
-UNTOLD = ("con_queries", "grad_norm")  # in the table alone
+UNTOLD = ("con_queries", "grad_norm")  # not on the terminal
 IN_FLIGHT = 2  # steps handed to the device and not yet done
 UNPREDICTED = 3  # evaluations without a class in any prediction, after which that is told
 
@@ -151,8 +151,7 @@ def _train(
                     (workdir / f"{split}_{name}").unlink(missing_ok=True)
                 shutil.rmtree(workdir / f"{split}_overlays", ignore_errors=True)
         _write_json(workdir / "config.json", meta["config"])
-        known = _measured(workdir) if start == config.steps else {}
-        _write_json(workdir / "run.json", _facts(dataset, roles, data) | known)
+        _write_json(workdir / "run.json", _facts(dataset, roles, data))
     log = Log(workdir, start, main)
     step_fn = experiment.make_step(config, dataset.num_classes)
     patch = tuple(config.data.patch_size)
@@ -195,7 +194,8 @@ def _train(
             speed, mark, mark_step = (done - mark_step) * images / max(now - mark, 1e-9), now, done
             row: dict[str, Any] = {}
             is_best = False
-            host = parallel.to_host(state) if at_save else state
+            if at_save:
+                host = parallel.to_host(state)
             if at_eval:
                 variables = experiment.network_variables(host, config.eval.select)
                 results = evaluate.evaluate_cases(predict, variables, dataset, roles.val, largest, threshold)
@@ -474,15 +474,6 @@ def _facts(dataset: PreparedDataset, roles: Roles, data: dict[str, str]) -> dict
     }
 
 
-def _measured(workdir: Path) -> dict[str, Any]:
-    """What run.json tells of the tables that a training has left: they stay where it measures fewer splits anew."""
-    try:
-        left = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {name: left[name] for name in ("features", "measured_on") if name in left}
-
-
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes a file that others read, and that is whole under its name."""
     partial = path.with_name(f".{path.name}.partial")
@@ -543,17 +534,19 @@ def _final_tables(
     seconds: float,
     peak: float,
 ) -> dict[str, dict[str, metrics.Summary]]:
-    """Measures the best checkpoint (the last, without val cases) on val and, if asked for, test.
+    """Measures the best checkpoint (the last, without val cases) on val and, if asked for now or before, test.
 
     `seconds`, `peak` (GiB): what the training took, over all its processes one after the other.
     """
-    splits = {"val": roles.val} | ({"test": roles.test} if config.eval.test else {})
+    # A table that an earlier call left is measured again, since masks or settings may have changed.
+    test = config.eval.test or parallel.from_main((workdir / "test_cases.csv").is_file)
+    splits = {"val": roles.val} | ({"test": roles.test} if test else {})
     model = experiment.make_model(config, dataset.num_classes)
     predict = evaluate.make_predictor(model, tuple(config.data.patch_size), config.eval.final_overlap)
     largest = config.eval.largest_component
     networks = list(experiment.load_networks(workdir).values())
     summaries: dict[str, dict[str, metrics.Summary]] = {}
-    facts = _facts(dataset, roles, data) | {"features": {}, "measured_on": {}} | _measured(workdir)
+    facts = _facts(dataset, roles, data) | {"features": {}, "measured_on": {}}
     for split, cases in splits.items():
         if not cases:
             continue

@@ -255,6 +255,13 @@ def test_masks_pair_by_place_and_name(tmp_path, capsys):
     }
 
 
+def test_a_reference_that_is_taken_for_a_scan_is_told(tmp_path):
+    for name in ("p/a", "p/b", "r/a", "r/a_seg", "r/b"):
+        write(tmp_path / f"{name}.nii.gz", np.ones((2, 2, 2)))
+    with pytest.raises(FileNotFoundError, match=r"p/b\.nii\.gz: .*r/b\.nii\.gz is taken for its scan.*: name its "):
+        evaluate.mask_pairs(tmp_path / "p", tmp_path / "r")
+
+
 def test_two_references_of_one_prediction_are_an_error(tmp_path):
     for name in ("p/b", "r/b_gt", "r/b_seg"):
         write(tmp_path / f"{name}.nii.gz", np.ones((2, 2, 2)))

@@ -188,7 +188,9 @@ def test_predict_never_replaces_a_mask_that_it_did_not_write(stub, tmp_path, cap
         reference.write_bytes(content)
         with pytest.raises(SystemExit, match="1 of 1 scans could not"):
             run_predict(scan, tmp_path / "labels")
-        assert "labels/a.nii.gz: is no mask that predict wrote, or was changed since" in capsys.readouterr().err
+        assert (
+            "labels/a.nii.gz: is no mask that predict wrote, or may have been changed since" in capsys.readouterr().err
+        )
         assert reference.read_bytes() == content
 
 
@@ -209,7 +211,7 @@ def test_a_mask_that_was_corrected_stays_and_is_not_segmented(stub, tmp_path, ca
     corrected = mask.read_bytes()
     with pytest.raises(SystemExit, match="1 of 1 scans could not"):
         run_predict(tmp_path / "in", tmp_path / "in" / "masks")
-    assert f"{mask}: is no mask that predict wrote, or was changed since" in capsys.readouterr().err
+    assert f"{mask}: is no mask that predict wrote, or may have been changed since" in capsys.readouterr().err
     assert mask.read_bytes() == corrected and scan.is_file()
 
 
@@ -217,8 +219,9 @@ def test_masks_beside_their_scans_are_not_segmented(stub, tmp_path, capsys):
     for name in ("p1.nii.gz", "p1_seg.nii.gz", "p2.nii.gz", "p3_seg.nii.gz", "sub/p1_gt.nii.gz"):
         write_scan(tmp_path / "in" / name)
     (tmp_path / "in" / "p2.seg.nrrd").touch()  # as 3D Slicer calls it
+    write_scan(tmp_path / "in" / "sub" / "_seg.nii.gz")
     assert [scan.mask.as_posix() for scan in predict.find_scans(tmp_path / "in")] == [
-        "p1.nii.gz", "p2.nii.gz", "p3_seg.nii.gz", "sub/p1_gt.nii.gz"
+        "p1.nii.gz", "p2.nii.gz", "p3_seg.nii.gz", "sub/_seg.nii.gz", "sub/p1_gt.nii.gz"
     ]  # fmt: skip
     assert capsys.readouterr().out == (
         f"left out: 2 masks, of scans beside them or written by predict, such as {tmp_path / 'in' / 'p1_seg.nii.gz'}\n"

@@ -34,7 +34,7 @@ def test_options_that_are_none(text):
 
 
 def test_a_bracket_that_is_not_closed_is_told():
-    with pytest.raises(sweep.argparse.ArgumentTypeError, match="a bracket is not closed"):
+    with pytest.raises(sweep.argparse.ArgumentTypeError, match="brackets do not match"):
         sweep.read_option("data.path=/x/a(b")
 
 

@@ -201,6 +201,14 @@ def test_a_finished_training_run_again_changes_nothing(trained, tiny_config, mon
     assert told == [state_of(workdir, tiny_config())[1][name] for name in ("seconds", "peak")] and min(told) > 0
 
 
+def test_a_table_of_test_that_is_there_is_measured_again(trained, tiny_config, tmp_path):
+    """Else it would stay beside a run.json that tells nothing of the masks it was measured on."""
+    shutil.copytree(trained[0], tmp_path / "copy")
+    (tmp_path / "copy" / "test_cases.csv").touch()
+    assert set(train.train(tiny_config(), tmp_path / "copy")) == {"val", "test"}
+    assert set(json.loads((tmp_path / "copy" / "run.json").read_text())["measured_on"]) == {"val", "test"}
+
+
 # ------------------------------------------------------------------------------------------------------------ resuming
 
 

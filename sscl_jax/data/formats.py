@@ -36,8 +36,8 @@ SUFFIXES = (*NIFTI, *ITK)  # of files that are whole scans
 # Behind the name of a scan, in that of its mask; .seg is 3D Slicer's, of .seg.nrrd.
 MASK_ENDINGS = ("_gt", "_label", "_seg", "_mask", ".seg")
 
-# Names of the unit in NRRD's headers, small; of axes without one, as that of channels, too.
-MILLIMETRES = {b"mm", b"millimeter", b"millimeters", b"millimetre", b"millimetres", b"", b"none", b"???", b"s", b"ms"}
+# Units in NRRD's headers that change nothing: millimetres, and those of axes that are not of space.
+NRRD_UNITS = {b"mm", b"millimeter", b"millimeters", b"millimetre", b"millimetres", b"none", b"???", b"s", b"ms"}
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 UNEQUAL = 0.05  # of the slices' distance: by how much one of them may differ
@@ -123,7 +123,7 @@ def composed(name: str) -> str:
 def without_mask_ending(name: str) -> str:
     """Name of the scan of which a file would be the mask, by its name without ending; the same where it is none."""
     ending = next((each for each in MASK_ENDINGS if name.endswith(each)), "")
-    return name.removesuffix(ending)
+    return name.removesuffix(ending) or name
 
 
 def _to_float32(array: np.ndarray) -> np.ndarray:
@@ -209,11 +209,13 @@ def _check_says_spacing(path: Path) -> None:
         names = " or ".join(word.decode().rstrip(":") for word in words)
         raise ValueError(f"{path}: its header has no {names}; write the voxel sizes into it")
     # NRRD writes NaN for what is not known, or has no size, as an axis of channels.
-    sizes = re.search(rb"^spacings:(.*)$", header, re.MULTILINE)
-    if sizes and sum(word != b"nan" for word in sizes[1].split()) < 3:
-        raise ValueError(f"{path}: its spacings are {sizes[1].decode().strip()}; write the voxel sizes into its header")
+    line = re.search(rb"^spacings:(.*)$", header, re.MULTILINE)
+    sizes = line[1].split() if line else []
+    if b"nan" in sizes and len(sizes) - sizes.count(b"nan") < 3:
+        told = b" ".join(sizes).decode(errors="replace")
+        raise ValueError(f"{path}: its spacings are {told}; write the voxel sizes into its header")
     units = re.search(rb"^(?:space )?units:(.*)$", header, re.MULTILINE)
-    if units and (others := set(re.findall(rb'"([^"]+)"', units[1])) - MILLIMETRES):
+    if units and (others := set(re.findall(rb'"([^"]+)"', units[1])) - NRRD_UNITS):
         raise ValueError(
             f"{path}: its voxel sizes are in {others.pop().decode(errors='replace')}, which is not read: write mm"
         )

@@ -98,10 +98,12 @@ def read_channels(paths: Sequence[Path], read: Callable[[Path], tuple]) -> tuple
     (array, affine, *rest), *others = [read(path) for path in paths]
     parts = [array]
     for path, (other, other_affine, *_) in zip(paths[1:], others, strict=True):
-        if other.shape[:3] != array.shape[:3] or grids_apart(array.shape[:3], other_affine, affine):
+        shape, expected = other.shape[:3], array.shape[:3]
+        far = grids_apart(shape, other_affine, affine) if shape == expected else math.inf
+        if far:
+            told = f"{far:.3g} mm apart" if shape == expected else f"shapes {shape} and {expected}"
             raise ValueError(
-                f"{path}: is not on the grid of {paths[0]}, as the channels of one image must be "
-                f"(shapes {other.shape[:3]} and {array.shape[:3]}): resample it"
+                f"{path}: is not on the grid of {paths[0]}, as the channels of one image must be ({told}): resample it"
             )
         parts.append(other)
     return np.concatenate(parts, axis=-1) if others else array, affine, *rest
@@ -238,7 +240,7 @@ def write_mask(path: str | Path, mask: np.ndarray, affine: np.ndarray, header: n
     The header's geometry (qform, sform, their codes, units, voxel sizes) is kept bit for bit. The
     voxels are stored as the smallest unsigned integer type that holds the largest, unscaled.
     Header extensions are dropped, since they can hold the patient's name, and the description tells
-    that it is ours, with a digest of what it holds. The file appears under its name only when
+    that it is ours, with a digest of the voxels. The file appears under its name only when
     complete; the parent folder is made.
 
     Args:

@@ -14,8 +14,7 @@ import numpy as np
 from nibabel import orientations
 from nibabel.affines import voxel_sizes
 
-MAX_CLASSES = 255
-_UNKNOWN = 255  # no class has this index
+MAX_CLASSES = _UNKNOWN = 255  # no class has this index
 _MAX_VOXELS = 2**31
 
 
