@@ -1,5 +1,5 @@
 #!/bin/bash
-# Everything that a GPU is to be asked about the training step, in one call of some five minutes: rates of the machine, the
+# Everything that a GPU is to be asked about the training step, in one call of at most eight minutes: rates of the machine, the
 # step and its parts, a profile, PyTorch beside it. What is cut short by its time limit has told each turn until then.
 #
 #     bash benchmarks/gpu.sh 2>&1 | tee gpu.txt

@@ -2,8 +2,9 @@
 
     python benchmarks/large.py --data=data/acdc --gib=20 --steps=300
 
-The data set is made of a prepared one: its unlabelled training cases are listed again and again, each time at another
-place of one sparse file, which takes no room on the disk. To the training it is as any other of that size.
+The data set is made of a prepared one: its training cases are listed again and again, without their labels, each time
+at another place of one sparse file, which takes no room on the disk. To the training it is as any other of that
+size.
 """
 
 import argparse

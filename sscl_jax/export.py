@@ -57,8 +57,9 @@ def export_network(network: experiment.Network, output: Path, form: str = "stabl
         "overlap": network.config.eval.final_overlap,
         "largest_component": network.config.eval.largest_component,
         "network": network.name,
-        "checkpoint": str(network.path),
         "method": network.config.method,
+        "step": int(network.path.name),
+        "checkpoint": network.meta["digest"],
     }
     cli.make_folder(output, "--output")
     told, path = output / "model.json", output / f"model.{form}"

@@ -19,7 +19,7 @@ from sscl_jax import cli, parallel
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with the method behind a colon.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs, tables and pictures.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan (data, steps, memory, time) and stop; writes nothing.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan (data, steps, memory, time) and stop.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes that jax finds itself, as on a TPU pod.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0, where jax cannot find it itself.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes, with --coordinator.")

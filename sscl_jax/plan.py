@@ -1,4 +1,4 @@
-"""What a training would do: its data, steps, memory and time. Nothing is written.
+"""What a training would do: its data, steps, memory and time. Nothing is written to --workdir.
 
 python -m sscl_jax.main --config=configs/acdc.py --workdir=runs/acdc --dry_run
 """

@@ -31,7 +31,9 @@ def network(patch, dtype="float32"):
     state = experiment.make_state(config, 3, 2)
     variables = experiment.network_variables(state, "teacher")
     model = experiment.make_model(config, 3)
-    return experiment.Network(model, variables, recipe, config, {"channels": 2}, Path("best/7"), "teacher")
+    return experiment.Network(
+        model, variables, recipe, config, {"channels": 2, "digest": "0123abcd"}, Path("best/7"), "teacher"
+    )
 
 
 def mask_of(patch, model, variables=None):
@@ -105,9 +107,11 @@ def test_onnx_gives_the_same_mask(patch, tmp_path, monkeypatch):
 def test_another_network_or_half_a_one_is_never_left_there(tmp_path, monkeypatch):
     trained = network((16, 32))
     export.export_network(trained, tmp_path)
-    before = export.export_network(trained, tmp_path).read_bytes()  # the same again: nothing to lose
-    with pytest.raises(ValueError, match="model.json is of another network: choose another --output"):
-        export.export_network(dataclasses.replace(trained, name="student"), tmp_path)
+    moved = dataclasses.replace(trained, path=Path("moved/7"))  # the same again: nothing to lose
+    before = export.export_network(moved, tmp_path).read_bytes()
+    for other in ({"name": "student"}, {"meta": {"channels": 2, "digest": "4567cdef"}}):  # trained anew in its place
+        with pytest.raises(ValueError, match="model.json is of another network: choose another --output"):
+            export.export_network(dataclasses.replace(trained, **other), tmp_path)
 
     def full(*_):
         raise OSError(28, "No space left on device")

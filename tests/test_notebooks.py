@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, in a short setting, and are stored without output."""
 
+import ast
 import json
 import re
 import subprocess
@@ -32,7 +33,10 @@ def test_the_project_folder_beside_a_notebook_is_not_taken_for_the_package(path,
     # Without site packages, and so without this one; -c puts the working folder on the path, as a notebook does.
     command = [sys.executable, "-S", "-c", program]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "'pip', 'install'" in done.stdout
+    words = ast.literal_eval(done.stdout)
+    assert words[1:4] == ["-m", "pip", "install"]
+    # A path, since a bare name is looked for on the package index.
+    assert words[-1].partition("[")[0] == str(tmp_path / "sscl_jax") and Path(words[-2]).is_absolute()
 
 
 def test_all_four_are_there():

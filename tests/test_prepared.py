@@ -8,7 +8,6 @@ import os
 import re
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -241,7 +240,7 @@ sources = t.make_files(Path({str(tmp_path / "files")!r}))
 t.write_prepared(Path({str(tmp_path / "out")!r}), sources, t.RECIPE, t.PATIENTS, "toy")
 """
     assert subprocess.run([sys.executable, "-c", script]).returncode == 9
-    assert list(tmp_path.glob(".out.partial-*-*-*"))
+    assert list(tmp_path.glob(".out.partial-????????/lock"))
     with pytest.raises(FileNotFoundError, match="half-way"):
         open_prepared(tmp_path / "out")
     return tmp_path / "out"
@@ -328,6 +327,20 @@ def test_preparations_of_one_output_at_the_same_time_all_succeed(tmp_path, sourc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "out"]
     write_prepared(tmp_path / "alone", sources, RECIPE, PATIENTS, "toy")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "alone")
+
+
+def test_who_finds_the_place_taken_by_other_options_leaves_nothing_behind(tmp_path, sources, monkeypatch):
+    write = prepared._write_records
+
+    def forestalled(*args):
+        monkeypatch.setattr(prepared, "_write_records", write)
+        write_prepared(tmp_path / "out", sources, replace(RECIPE, percentiles=(5.0, 90.0)), PATIENTS, "toy")
+        return write(*args)
+
+    monkeypatch.setattr(prepared, "_write_records", forestalled)
+    with pytest.raises(ValueError, match="was not made from these files with these options"):
+        write_prepared(tmp_path / "out", sources, RECIPE, PATIENTS, "toy")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "out"]
 
 
 def test_one_that_ends_leaves_alone_what_another_is_at_work_with(tmp_path):
@@ -464,10 +477,51 @@ def test_where_there_is_no_room_that_is_told(tmp_path, sources):
 
 
 def test_what_a_killed_one_left_goes_whatever_the_name(tmp_path):
-    left = tmp_path / f".a[1]*.partial-{socket.gethostname()}-{2**22 + 1}-x"  # no process has this number
+    left = tmp_path / ".a[1]*.partial-01234567"
     left.mkdir()
-    prepared._partial_folder(tmp_path / "a[1]*")
-    assert not left.exists()
+    (left / "lock").touch()
+    with prepared._partial_folder(tmp_path / "a[1]*") as folder:
+        assert [*tmp_path.iterdir()] == [folder]
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_folder_of_a_living_process_stays_wherever_that_runs(tmp_path):
+    """Its number and its host say nothing: in containers both are those of others."""
+    with prepared._partial_folder(tmp_path / "a") as folder:
+        script = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from pathlib import Path
+from sscl_jax.data import prepared
+with prepared._partial_folder(Path({str(tmp_path / "a")!r})) as other:
+    assert other.parent == Path({str(tmp_path)!r}) and len(list(other.parent.iterdir())) == 2
+"""
+        assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+        assert [*tmp_path.iterdir()] == [folder]
+
+
+def test_a_cache_of_other_records_is_made_again(tmp_path, sources):
+    """As where a folder was copied over another, all but the cache."""
+    for name, recipe in (("one", RECIPE), ("other", replace(RECIPE, percentiles=(5.0, 90.0)))):
+        write_prepared(tmp_path / name, sources, recipe, PATIENTS, "toy")
+    expected = files_of(tmp_path / "other" / "cache")
+    metadata = json.loads((tmp_path / "other" / "metadata.json").read_text())
+    metadata["inputs"] = json.loads((tmp_path / "one" / "metadata.json").read_text())["inputs"]  # by other code
+    (tmp_path / "other" / "metadata.json").write_text(json.dumps(metadata))
+    shutil.rmtree(tmp_path / "other" / "cache")
+    shutil.copytree(tmp_path / "one" / "cache", tmp_path / "other" / "cache")
+    open_prepared(tmp_path / "other")
+    found = files_of(tmp_path / "other" / "cache")
+    assert {n: found[n] for n in prepared.CACHE_FILES} == {n: expected[n] for n in prepared.CACHE_FILES}
+
+
+def test_hidden_files_beside_slices_change_nothing(tmp_path):
+    (tmp_path / "ct").mkdir()
+    (tmp_path / "ct" / "a.dcm").write_bytes(b"slice")
+    before = prepared._path_digest(tmp_path / "ct")
+    (tmp_path / "ct" / ".DS_Store").write_bytes(b"Finder")
+    assert prepared._path_digest(tmp_path / "ct") == before
+    (tmp_path / "ct" / "b.dcm").write_bytes(b"slice")
+    assert prepared._path_digest(tmp_path / "ct") != before
 
 
 def test_a_shard_ends_after_its_number_of_cases(tmp_path, sources, dataset, monkeypatch):

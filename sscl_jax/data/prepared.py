@@ -21,6 +21,7 @@ stay closed until a label is asked for.
 """
 
 import errno
+import fcntl
 import functools
 import glob
 import hashlib
@@ -29,7 +30,6 @@ import json
 import mmap
 import os
 import shutil
-import socket
 import tempfile
 import uuid
 from collections import Counter
@@ -49,6 +49,7 @@ from sscl_jax.data.workers import Workers, map_ahead, spread
 SPLITS = ("train", "val", "test")
 FORMAT = 1  # raised when an older prepared folder can no longer be read
 CACHE_FILES = {"images.f32": 4, "labels.u8": 1, "native_labels.u8": 1}  # bytes per value
+CACHE_OF = ("inputs", "fingerprint")  # the metadata by which a cache is that of a dataset
 
 
 @dataclass(frozen=True)
@@ -257,19 +258,16 @@ def write_prepared(
         spread(_keep, cases, workers)
         if not isinstance(workers, int) and (missing := sum(not path.exists() for *_, path in cases)):
             print(f"{missing} cases are made here: the workers of the pipeline left none of them in {beside}")
-        partial = _partial_folder(place)
-        try:
+        with _partial_folder(place) as partial:
             with closing(map_ahead(_keep, cases, workers)) as paths:
                 written = _write_records(partial, sources, paths, metadata, workers)
             try:
                 os.rename(written, place)  # the mark of a whole dataset
-            except OSError as error:
-                if not place.exists():
+            except OSError:
+                if not place.exists():  # else another process has done so in the meantime
                     raise
-                if not _made_from(place, inputs):  # as another process has done in the meantime
-                    raise ValueError(_other(output)) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    if not _made_from(place, inputs):
+        raise ValueError(_other(output))
     return open_prepared(output)
 
 
@@ -360,7 +358,7 @@ def file_digests(source: CaseSource) -> list[str | None]:
 def _path_digest(path: Path) -> str:
     """sha256 of a file, with those in which its header says the voxels are, or of the files of a folder by name."""
     if path.is_dir():
-        parts = [(p.name, _path_digest(p)) for p in sorted(path.iterdir())]
+        parts = [(p.name, _path_digest(p)) for p in sorted(path.iterdir()) if p.name[0] != "."]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     own, detached = _file_digest(path), formats.data_files(path)  # which may name the header itself, or a folder
     return hashlib.sha256("".join([own, *map(_file_digest, detached)]).encode()).hexdigest() if detached else own
@@ -460,26 +458,28 @@ def package_version() -> str:
         return "not installed"
 
 
-def _partial_folder(target: Path) -> Path:
-    """A new folder beside `target` to write it in. Removes those that killed processes left."""
-    prefix = f".{target.name}.partial-{socket.gethostname()}-"
-    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
-        if not _is_running(left.name.removeprefix(prefix).split("-")[0]):
+@contextmanager
+def _partial_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target` to write it in, removed at the end. Removes those that killed processes left.
+
+    A process locks its own as long as it lives, wherever it runs. Where the file system has no locks, all stay.
+    """
+    for left in target.parent.glob(f".{glob.escape(target.name)}.partial-{'[0-9a-f]' * 8}"):
+        with suppress(OSError), open(left / "lock", "r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left, ignore_errors=True)
-    # Not mkdtemp, whose folders nobody else may read.
-    folder = target.parent / f"{prefix}{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    folder.mkdir()
-    return folder
-
-
-def _is_running(pid: str) -> bool:
+    name = uuid.uuid4().hex[:8]
+    folder, unlocked = (target.parent / f".{target.name}.{kind}-{name}" for kind in ("partial", "new"))
+    unlocked.mkdir()  # not mkdtemp, whose folders nobody else may read
     try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, ValueError):
-        return True
-    return True
+        with open(unlocked / "lock", "w") as lock:
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            unlocked.rename(folder)  # only now others look at its lock
+            yield folder
+    finally:
+        for path in (unlocked, folder):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 # --- Reading --------------------------------------------------------------------------------------
@@ -513,20 +513,21 @@ def open_prepared(path: Path) -> PreparedDataset:
         )
     places = [path / "cache", _cache_elsewhere(metadata)]
     for cache in places:
-        index = _read_index(cache, metadata["inputs"])
+        index = _read_index(cache, metadata)
         if index is not None:
             return PreparedDataset(path, metadata, cache, index)
     reason: OSError | None = None
     for cache in places:
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            partial = _partial_folder(cache)
-        except OSError as error:
-            reason = error  # read-only: try the next place
-            continue
-        with _told_of(cache):
-            _fill_cache(cache, partial, path, metadata["inputs"])
-        index = _read_index(cache, metadata["inputs"])
+        with ExitStack() as stack:
+            try:
+                cache.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                partial = stack.enter_context(_partial_folder(cache))
+            except OSError as error:
+                reason = error  # read-only: try the next place
+                continue
+            with _told_of(cache):
+                _fill_cache(cache, partial, path, metadata)
+        index = _read_index(cache, metadata)
         if index is not None:
             return PreparedDataset(path, metadata, cache, index)
         reason = OSError("it was changed while it was made")
@@ -552,11 +553,11 @@ def _cache_elsewhere(metadata: dict) -> Path:
     )
 
 
-def _read_index(cache: Path, inputs: str) -> list[dict] | None:
-    """Index of a cache; None if it is absent, of other inputs, or one of its files is cut short."""
+def _read_index(cache: Path, metadata: dict) -> list[dict] | None:
+    """Index of a cache; None if it is absent, of another dataset, or one of its files is cut short."""
     try:
         content = json.loads((cache / "index.json").read_text())
-        if content["inputs"] != inputs:
+        if any(content[name] != metadata[name] for name in CACHE_OF):
             return None
         for name, size in content["bytes"].items():
             if (cache / name).stat().st_size != size:
@@ -567,37 +568,27 @@ def _read_index(cache: Path, inputs: str) -> list[dict] | None:
         return None
 
 
-def _fill_cache(cache: Path, partial: Path, path: Path, inputs: str) -> None:
-    """Decodes the records of the dataset at `path` to flat files in `partial`, renamed to `cache`.
+def _fill_cache(cache: Path, partial: Path, path: Path, metadata: dict) -> None:
+    """Decodes the records of the dataset at `path` to flat files below `partial`, renamed to `cache`.
 
     Processes that do so at the same time each write their own; the first one's is kept.
     """
+    new = partial / "new"
+    new.mkdir()
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open(new / name, "wb")) for name in CACHE_FILES}
+        cases = [_append_case(files, split, record) for split, record in _records(path)]
+    sizes = {name: (new / name).stat().st_size for name in CACHE_FILES}
+    content = {name: metadata[name] for name in CACHE_OF} | {"bytes": sizes, "cases": cases}
+    (new / "index.json").write_text(json.dumps(content))
+    if cache.exists() and _read_index(cache, metadata) is None:
+        with suppress(FileNotFoundError):  # another process was faster
+            os.rename(cache, partial / "old")  # so that it is never seen half-removed
     try:
-        with ExitStack() as stack:
-            files = {name: stack.enter_context(open(partial / name, "wb")) for name in CACHE_FILES}
-            cases = [_append_case(files, split, record) for split, record in _records(path)]
-        sizes = {name: (partial / name).stat().st_size for name in CACHE_FILES}
-        content = {"inputs": inputs, "bytes": sizes, "cases": cases}
-        (partial / "index.json").write_text(json.dumps(content))
-        if cache.exists() and _read_index(cache, inputs) is None:
-            _discard(cache)
-        try:
-            os.rename(partial, cache)
-        except OSError:
-            if _read_index(cache, inputs) is None:
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _discard(folder: Path) -> None:
-    """Removes a folder in such a way that it is never seen half-removed."""
-    aside = _partial_folder(folder)
-    try:
-        os.rename(folder, aside / "old")
-    except FileNotFoundError:
-        pass  # another process was faster
-    shutil.rmtree(aside, ignore_errors=True)
+        os.rename(new, cache)
+    except OSError:
+        if _read_index(cache, metadata) is None:
+            raise
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict]]:
