@@ -65,7 +65,7 @@ def export_network(network: experiment.Network, output: Path, form: str = "stabl
     told, path = output / "model.json", output / f"model.{form}"
     text = json.dumps(facts, indent=1)
     if told.is_file() and told.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{told} is of another network: choose another --output.")
+        raise ValueError(f"{told} is of another network, or of another version: choose another --output.")
     part = path.with_name(f"{path.name}.part")  # never half a model under its name
     try:
         part.write_bytes({"stablehlo": _stablehlo, "onnx": _onnx}[form](probabilities, patch, channels))

@@ -151,7 +151,8 @@ def _train(
                     (workdir / f"{split}_{name}").unlink(missing_ok=True)
                 shutil.rmtree(workdir / f"{split}_overlays", ignore_errors=True)
         _write_json(workdir / "config.json", meta["config"])
-        _write_json(workdir / "run.json", _facts(dataset, roles, data))
+        if start < config.steps or not (workdir / "run.json").exists():  # else it tells of the tables that are there
+            _write_json(workdir / "run.json", _facts(dataset, roles, data))
     log = Log(workdir, start, main)
     step_fn = experiment.make_step(config, dataset.num_classes)
     patch = tuple(config.data.patch_size)

@@ -110,7 +110,7 @@ def test_another_network_or_half_a_one_is_never_left_there(tmp_path, monkeypatch
     moved = dataclasses.replace(trained, path=Path("moved/7"))  # the same again: nothing to lose
     before = export.export_network(moved, tmp_path).read_bytes()
     for other in ({"name": "student"}, {"meta": {"channels": 2, "digest": "4567cdef"}}):  # trained anew in its place
-        with pytest.raises(ValueError, match="model.json is of another network: choose another --output"):
+        with pytest.raises(ValueError, match="model.json is of another network, or of another version"):
             export.export_network(dataclasses.replace(trained, **other), tmp_path)
 
     def full(*_):

@@ -30,6 +30,7 @@ import json
 import mmap
 import os
 import shutil
+import socket
 import tempfile
 import uuid
 from collections import Counter
@@ -264,7 +265,7 @@ def write_prepared(
             try:
                 os.rename(written, place)  # the mark of a whole dataset
             except OSError:
-                if not place.exists():  # else another process has done so in the meantime
+                if not _read_metadata(place):  # else another process has done so in the meantime
                     raise
     if not _made_from(place, inputs):
         raise ValueError(_other(output))
@@ -460,26 +461,41 @@ def package_version() -> str:
 
 @contextmanager
 def _partial_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` to write it in, removed at the end. Removes those that killed processes left.
-
-    A process locks its own as long as it lives, wherever it runs. Where the file system has no locks, all stay.
-    """
-    for left in target.parent.glob(f".{glob.escape(target.name)}.partial-{'[0-9a-f]' * 8}"):
-        with suppress(OSError), open(left / "lock", "r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """A new folder beside `target` to write it in, removed at the end. Removes those of this host that were left."""
+    prefix = f".{target.name}.partial-{socket.gethostname()}-"
+    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
+        if not _is_at_work(left, left.name.removeprefix(prefix).split("-")[0]):
             shutil.rmtree(left, ignore_errors=True)
-    name = uuid.uuid4().hex[:8]
-    folder, unlocked = (target.parent / f".{target.name}.{kind}-{name}" for kind in ("partial", "new"))
-    unlocked.mkdir()  # not mkdtemp, whose folders nobody else may read
+    # Not mkdtemp, whose folders nobody else may read.
+    folder = target.parent / f"{prefix}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    folder.mkdir()
     try:
-        with open(unlocked / "lock", "w") as lock:
+        with open(folder / "lock.new", "w") as lock:
             with suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            unlocked.rename(folder)  # only now others look at its lock
+                os.rename(lock.name, folder / "lock")  # only now others look at it
             yield folder
     finally:
-        for path in (unlocked, folder):
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_at_work(folder: Path, pid: str) -> bool:
+    """Whether the process lives that made a partial folder: by its lock, since in containers numbers return."""
+    try:
+        with open(folder / "lock", "r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock, or a file system without them
+        pass
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, ValueError):
+        return True
+    return True
 
 
 # --- Reading --------------------------------------------------------------------------------------
@@ -557,7 +573,7 @@ def _read_index(cache: Path, metadata: dict) -> list[dict] | None:
     """Index of a cache; None if it is absent, of another dataset, or one of its files is cut short."""
     try:
         content = json.loads((cache / "index.json").read_text())
-        if any(content[name] != metadata[name] for name in CACHE_OF):
+        if any(content.get(name, metadata[name]) != metadata[name] for name in CACHE_OF):  # older ones lack one
             return None
         for name, size in content["bytes"].items():
             if (cache / name).stat().st_size != size:
