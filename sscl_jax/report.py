@@ -32,7 +32,7 @@ CURVES = (
     ("val HD95, mm", ("val_hd95_mm",)),
     ("terms of the loss", ("sup_ce", "sup_dice", "pl_ce", "pl_dice", "cons")),
     ("contrast", ("con",)),
-    ("queries of the contrast that have a positive and a negative", ("con_queries",)),
+    ("queries that are contrasted, in a step", ("con_queries",)),
     ("share of pixels with a pseudo-label", ("pl_coverage",)),
     ("least soft Dice of a class, on the labels of a step", ("pl_competence",)),
     ("pseudo-labels of the foreground on val", ("val_pl_coverage", "val_pl_accuracy")),
