@@ -143,8 +143,9 @@ def check_same_masks(facts: dict[str, dict[str, Any]], split: str) -> None:
     known = {name: digest for name, digest in told.items() if digest}  # older trainings tell nothing
     if other := next((name for name in known if known[name] != known[next(iter(known))]), None):
         raise ValueError(
-            f"{next(iter(known))} and {other} were measured on other masks of {split}: a mask was changed in between. "
-            "Measure both on the same masks: run the command of the older again, or train it anew in another --workdir."
+            f"{next(iter(known))} and {other} were measured on other masks of {split}: they are of other data, or a "
+            "mask was changed in between. Measure both on the same masks: run the command of the older again, or train "
+            "it anew in another --workdir."
         )
 
 

@@ -263,8 +263,8 @@ def mask_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Pat
     """(case id, prediction, reference) of two folders, paired by relative path.
 
     Masks are of any format that `predict` reads from one file. A reference may carry one of `formats.MASK_ENDINGS`
-    behind the scan's name. Every reference needs a prediction, and every prediction a reference, since it would
-    silently not count; scans that lie beside references are passed over, which is told, and so are hidden files.
+    behind the scan's name. Every reference needs a prediction; predictions without a reference, and scans that lie
+    beside references, are passed over, which is told, and so are hidden files.
 
     Raises:
       FileNotFoundError: a folder is missing or empty, or files lack a partner; names them.
@@ -307,12 +307,13 @@ def mask_pairs(predictions: Path, references: Path) -> list[tuple[str, Path, Pat
             raise ValueError(f"{path}: another reference is of {predicted[partner]} too: keep one of them.")
         pairs.append((partner, predicted[partner], path))
         used.add(partner)
-    if extra := sorted(predicted.keys() - used):
-        name, many = extra[0], f"({len(extra)} such)"
-        told = f"{references} has no reference for it {many}: give --predictions a folder of those that have one"
-        if name in scans:
-            told = f"{scans[name]} is taken for its scan, as others there are: name its reference {name}_gt"
-        raise FileNotFoundError(f"{predicted[name]}: {told}.")
+    extra = sorted(predicted.keys() - used)
+    if taken := [name for name in extra if name in scans]:
+        told = f"{scans[taken[0]]} is taken for its scan, as others there are: name its reference {taken[0]}_gt"
+        raise FileNotFoundError(f"{predicted[taken[0]]}: {told}.")
+    if extra:
+        told = f"{len(extra)} of {len(predicted)} predictions have no reference in {references}, such as"
+        print(f"warning: not measured: {told} {predicted[extra[0]]}", file=sys.stderr)
     return pairs
 
 

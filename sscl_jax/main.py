@@ -2,6 +2,9 @@
 
     python -m sscl_jax.main --config=configs/acdc.py:anatomical_pl --workdir=runs/acdc
 
+The method stands behind the colon. Every field of the config is an option too, as --config.steps=2000; docs/config.md
+and configs/base.py list them.
+
 Exit status: 0 done; 1 input or config cannot be used; 130 or 143 stopped by SIGINT or SIGTERM, saved before leaving.
 """
 

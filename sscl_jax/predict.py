@@ -7,7 +7,7 @@ several channels, they are the fourth axis of a file, or files named as in nnU-N
 ... (or folders `p1_0000`, ... with a DICOM series each) are the scan `p1`.
 
 A mask has the name and geometry of its scan, and the label values trained on; it is NIfTI, whatever the scan is. Exit
-status 1 if any scan could not be segmented.
+status 1 if any scan could not be segmented. A mask that was corrected since is kept, which is told.
 """
 
 import functools
@@ -73,13 +73,19 @@ def find_scans(path: Path, channels: int = 1) -> list[Scan]:
 
 
 def _without_masks(found: list[Path]) -> list[Path]:
-    """Without masks that `predict` wrote, and those named as a scan beside them; all, where there is nothing else."""
+    """Without masks: those that `predict` wrote, named as a scan beside them, or in labels/ beside images/.
+
+    All, where there is nothing else.
+    """
     beside = {p.with_name(name) for p in found for name in (formats.stem(p), _case(p)) if name}
 
     def is_mask(path: Path) -> bool:
         name = formats.stem(path)
         scan = formats.without_mask_ending(name)
-        return (scan != name and path.with_name(scan) in beside) or nifti.is_our_mask(path)
+        folder = path.parent  # labels, labelsTr, ...
+        images = folder.with_name(f"images{folder.name[6:]}") if folder.name.startswith("labels") else folder
+        beside_scan = scan != name and path.with_name(scan) in beside
+        return beside_scan or (images != folder and images.is_dir()) or nifti.is_our_mask(path)
 
     masks = {path: is_mask(path) for path in found}
     if not any(masks.values()) or all(masks.values()):
@@ -197,6 +203,10 @@ def segment_scan(network: experiment.Network, predict: evaluate.Predictor, scan:
     nifti.write_mask(output, mask, scan.affine, scan.header)
 
 
+class Corrected(Exception):
+    """A mask that stays as it is, since it is not what `predict` wrote."""
+
+
 class Outcome(NamedTuple):
     """What became of a scan: its mask, or why there is none, the seconds of work on it, and what was warned of."""
 
@@ -221,11 +231,10 @@ def predict_scans(
             try:
                 if target.resolve() in originals:
                     raise ValueError(f"{target}: the mask would replace a scan; choose another --output.")
+                if target.is_file() and not target.is_symlink() and not nifti.is_our_mask(target):
+                    raise ValueError(f"{target}: is no mask that predict wrote, so it stays; choose another --output.")
                 if target.is_file() and not target.is_symlink() and not nifti.is_unchanged_mask(target):
-                    raise ValueError(
-                        f"{target}: is no mask that predict wrote, or may have been changed since, so it stays; choose "
-                        "another --output, or move it."
-                    )
+                    raise Corrected(f"{target}: may have been corrected since predict wrote it")
                 prepared = read_prepared(network, scan.paths)
             except Exception as raised:  # for its turn: the scans before it are not told yet
                 error = raised
@@ -290,6 +299,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise outcome.error
             print(f"{outcome.mask}  {outcome.seconds:.2f} s", flush=True)
             _tell_doubts(outcome.scan.paths, outcome.warned)
+        except Corrected as kept:
+            print(f"kept: {kept}", flush=True)
         except Exception as error:  # whatever it is, the other scans can still be segmented
             if os.environ.get("SSCL_TRACEBACK"):
                 raise

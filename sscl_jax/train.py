@@ -171,6 +171,10 @@ def _train(
         for step, batch in batches.run(start, config.steps):
             state, step_metrics = step_fn(state, batch)
             unread.append((step, step_metrics))
+            if step == start and config.log_every > 1:  # compiles, which takes time and says nothing of the speed
+                jax.block_until_ready(step_metrics)
+                memory["seconds"] += time.monotonic() - mark
+                mark, mark_step = time.monotonic(), start + 1
             # One step runs and one waits: that keeps a device busy, and with more in line a signal would wait for all.
             if len(unread) >= IN_FLIGHT:
                 jax.block_until_ready(unread[-IN_FLIGHT])

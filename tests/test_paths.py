@@ -188,9 +188,7 @@ def test_predict_never_replaces_a_mask_that_it_did_not_write(stub, tmp_path, cap
         reference.write_bytes(content)
         with pytest.raises(SystemExit, match="1 of 1 scans could not"):
             run_predict(scan, tmp_path / "labels")
-        assert (
-            "labels/a.nii.gz: is no mask that predict wrote, or may have been changed since" in capsys.readouterr().err
-        )
+        assert "labels/a.nii.gz: is no mask that predict wrote, so it stays" in capsys.readouterr().err
         assert reference.read_bytes() == content
 
 
@@ -209,9 +207,9 @@ def test_a_mask_that_was_corrected_stays_and_is_not_segmented(stub, tmp_path, ca
     written = nibabel.load(mask)
     nibabel.save(nibabel.Nifti1Image(np.zeros((9, 8, 4), np.uint8), None, written.header), mask)
     corrected = mask.read_bytes()
-    with pytest.raises(SystemExit, match="1 of 1 scans could not"):
-        run_predict(tmp_path / "in", tmp_path / "in" / "masks")
-    assert f"{mask}: is no mask that predict wrote, or may have been changed since" in capsys.readouterr().err
+    capsys.readouterr()
+    run_predict(tmp_path / "in", tmp_path / "in" / "masks")
+    assert f"kept: {mask}: may have been corrected since predict wrote it\n" in capsys.readouterr().out
     assert mask.read_bytes() == corrected and scan.is_file()
 
 
@@ -226,6 +224,19 @@ def test_masks_beside_their_scans_are_not_segmented(stub, tmp_path, capsys):
     assert capsys.readouterr().out == (
         f"left out: 2 masks, of scans beside them or written by predict, such as {tmp_path / 'in' / 'p1_seg.nii.gz'}\n"
     )
+
+
+def test_masks_of_the_layout_that_is_prepared_are_not_segmented(stub, tmp_path):
+    for name in (
+        "images/p1.nii.gz",
+        "labels/p1.nii.gz",
+        "imagesTr/p2.nii.gz",
+        "labelsTr/p2.nii.gz",
+        "labelsX/p3.nii.gz",
+    ):
+        write_scan(tmp_path / name)
+    masks = [scan.mask.as_posix() for scan in predict.find_scans(tmp_path)]
+    assert masks == ["images/p1.nii.gz", "imagesTr/p2.nii.gz", "labelsX/p3.nii.gz"]
 
 
 def test_masks_beside_scans_of_other_names_do_not_stand_in_the_way_of_a_second_call(stub, tmp_path):
