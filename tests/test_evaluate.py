@@ -104,6 +104,19 @@ def test_pseudo_labels_by_hand():
     assert sure(0.93) == (4, 1, 0)
 
 
+@pytest.mark.parametrize(("largest", "expected"), [("none", [0, 1, 1, 1, 0, 1]), ("foreground", [0, 1, 1, 1, 0, 0])])
+def test_what_is_measured_is_the_largest_part_if_that_is_asked_for(largest, expected):
+    recipe = Recipe(orientation="RAS", spacing=(None,) * 3, label_values=(0, 1), class_names=("background", "x"))
+    label = np.array([0, 1, 1, 1, 0, 0], np.uint8).reshape(6, 1, 1)
+    second = np.array([0.1, 0.9, 0.9, 0.9, 0.1, 0.9]).reshape(6, 1, 1)
+    case = SimpleNamespace(index=0, grid=make_grid(label.shape, np.eye(4), recipe))
+    probs = np.stack([1 - second, second], -1)
+    data = SimpleNamespace(image=lambda _: probs, native_label=lambda _: label, num_classes=2, recipe=recipe)
+    (result,) = evaluate.evaluate_cases(lambda _, image: image, None, data, [case], largest)
+    assert result.prediction.ravel().tolist() == expected
+    np.testing.assert_allclose(result.metrics.dice, [2 * 3 / (3 + sum(expected))])
+
+
 class Averaging:
     """A network whose logits depend on the whole window, padding included."""
 

@@ -200,6 +200,18 @@ def test_masks_of_an_earlier_call_are_made_again_and_not_segmented(stub, tmp_pat
         assert [p.name for p in (tmp_path / output).rglob("*")] == ["a.nii.gz"]
 
 
+@pytest.mark.parametrize("largest", ["none", "class", "foreground"])
+def test_a_mask_is_the_largest_part_if_the_training_says_so(largest, stub, tmp_path, monkeypatch):
+    island = np.zeros((4, 8, 9), int)  # slices, rows, columns
+    island[1:3, 2:5, 2:5] = island[3, 7, 8] = 1
+    monkeypatch.setattr(evaluate, "make_predictor", lambda *_: lambda _, image: np.eye(2, dtype="f4")[island])
+    stub.config.eval.largest_component = largest
+    write_scan(tmp_path / "in" / "a.nii.gz")
+    run_predict(tmp_path / "in", tmp_path / "out")
+    mask = np.asarray(nibabel.load(tmp_path / "out" / "a.nii.gz").dataobj)
+    assert mask.sum() == 18 + (largest == "none")
+
+
 def test_a_mask_that_was_corrected_stays_and_is_not_segmented(stub, tmp_path, capsys):
     scan = write_scan(tmp_path / "in" / "a.nii.gz")
     run_predict(tmp_path / "in", tmp_path / "in" / "masks")

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import os
@@ -26,6 +27,34 @@ STILL = Views(
     cutmix_probability=0.0,
     cutmix_labeled=0.0,
 )
+
+
+# ------------------------------------------------------------------------------------------------------- the optimiser
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_as_a_cosine():
+    fields = {"optimizer.learning_rate": 0.02, "optimizer.warmup_steps": 10}
+    schedule = experiment.make_schedule(tiny("x", steps=110, **fields))
+    for step, expected in ((0, 0.0), (5, 0.01), (10, 0.02), (35, 0.01 * (1 + np.sqrt(0.5))), (60, 0.01), (110, 0.0)):
+        np.testing.assert_allclose(schedule(step), expected, rtol=1e-5, atol=1e-9)
+
+
+def test_the_optimiser_is_adamw_of_clipped_gradients():
+    fields = {"optimizer.learning_rate": 0.02, "optimizer.warmup_steps": 2, "optimizer.weight_decay": 0.1}
+    optimizer = experiment.make_optimizer(tiny("x", steps=100, **fields, **{"optimizer.clip_norm": 2.0}))
+    weights = {"a": jnp.array([3.0, -1.0]), "b": jnp.array([2.0])}
+    state, by_hand = optimizer.init(weights), np.array([3.0, -1.0, 2.0])
+    mean, square = np.zeros(3), np.zeros(3)
+    for step, gradient in enumerate(np.array([[60.0, 80.0, 0.0], [0.3, 0.4, 1.0], [0.0, 0.0, 0.0]]), start=1):
+        given = {"a": jnp.array(gradient[:2]), "b": jnp.array(gradient[2:])}
+        updates, state = optimizer.update(given, state, weights)
+        weights = optax.apply_updates(weights, updates)
+        gradient = gradient * min(1.0, 2.0 / max(np.linalg.norm(gradient), 1e-9))
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+        rate = (0.0, 0.01, 0.02)[step - 1]  # the schedule begins at 0
+        adam = mean / (1 - 0.9**step) / (np.sqrt(square / (1 - 0.999**step)) + 1e-8)
+        by_hand = by_hand - rate * (adam + 0.1 * by_hand)
+        np.testing.assert_allclose(np.concatenate([weights["a"], weights["b"]]), by_hand, rtol=1e-5)
 
 
 # -------------------------------------------------------------------------------------- weights and the moving average
@@ -178,6 +207,16 @@ def test_still_views_are_the_centred_crop():
     assert drawn["inside"].all()
 
 
+def test_a_labelled_pixel_that_is_drawn_becomes_the_centre():
+    example = gridded_example((10, 8), (10, 8)) | {"label": np.zeros((10, 8), "u1")}
+    example["label"][7, 3] = 2
+    for share, shown in ((1.0, True), (0.0, False)):
+        views = dataclasses.replace(STILL, foreground=share)
+        drawn = jax.jit(lambda k, v=views: train_step.draw_views(k, example, v, (4, 4), 3))(jax.random.key(0))
+        assert (drawn["label"][2, 2] == 2) == shown
+        np.testing.assert_array_equal(drawn["weak"][2, 2], [7, 3] if shown else [5, 4])
+
+
 def test_depth_of_a_volume_follows_its_first_axis(cheap):
     example = {
         "image": np.zeros((4, 4, 4, 1), "f4"), "extent": np.full(3, 4, "f4"), "depth": np.array([0, 1], "f4"),
@@ -248,6 +287,13 @@ def small(method, **fields):
 STEPS, STATES = {}, {}  # compiled steps and first states, by what they depend on
 
 
+def first_state(config):
+    model = json.dumps([config_fields.plain_config(config.model), config.contrast.level, config.data.patch_size])
+    if model not in STATES:
+        STATES[model] = parallel.to_host(experiment.make_state(config, 3, 1))
+    return STATES[model]
+
+
 def run(config, steps=2, devices=1, change=lambda state: state, key=""):
     """States before and after each step, on the host, and metrics of the last.
 
@@ -256,9 +302,7 @@ def run(config, steps=2, devices=1, change=lambda state: state, key=""):
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "make_optimizer", lambda config: optax.sgd(0.1))
-        model = json.dumps([config_fields.plain_config(config.model), config.contrast.level, config.data.patch_size])
-        if model not in STATES:
-            STATES[model] = parallel.to_host(experiment.make_state(config, 3, 1))
+        first = first_state(config)
         chosen = jax.devices()[:devices]
         patch.setattr(
             parallel,
@@ -269,7 +313,7 @@ def run(config, steps=2, devices=1, change=lambda state: state, key=""):
         if name not in STEPS:
             STEPS[name] = experiment.make_step(config, 3)
         patch.setattr(jax, "local_devices", lambda: chosen)
-        state = parallel.replicate(change(STATES[model]))
+        state = parallel.replicate(change(first))
     states = [parallel.to_host(state)]
     for step in range(steps):
         batch = make_batch(config, seed=step)
@@ -449,6 +493,67 @@ def test_pseudo_labels_teach_as_much_as_the_least_known_class_is_known(blind, ch
     assert 0 < metrics["pl_competence"] < (0.02 if blind else 1)
     assert losses.rescuing_dice_loss(metrics["pl_competence"]) > metrics["sup_dice"]
     np.testing.assert_allclose(metrics["loss"], sup + metrics["pl_competence"] * pl, rtol=1e-5)
+
+
+class Pixelwise:
+    """A network without parameters: the logits of a pixel are its value, the opposite of it, and 0."""
+
+    feature_level, num_classes = 1, 3
+
+    def apply(self, variables, images, mutable=None, **_):
+        logits = jnp.concatenate([images, -images, 0 * images], -1)
+        return ((logits, images[:, ::2, ::2]), {}) if mutable else (logits, images[:, ::2, ::2])
+
+
+def probabilities(value):
+    return np.exp([value, -value, 0.0]) / np.exp([value, -value, 0.0]).sum()
+
+
+@pytest.fixture
+def run_pixelwise(cheap, monkeypatch):
+    """`run` of one step with that network."""
+
+    def run_(config, key):
+        monkeypatch.setattr(experiment, "make_optimizer", lambda config: optax.sgd(0.1))  # as `run` has it
+        first_state(config)  # of a real one
+        monkeypatch.setattr(experiment, "make_model", lambda *_: Pixelwise())
+        return run(config, steps=1, key=key)[1]
+
+    return run_
+
+
+def test_the_student_sees_strong_views_the_teacher_weak_ones_and_padding_counts_nowhere(run_pixelwise, monkeypatch):
+    def half_padding(config, seed=0, make_batch=make_batch):
+        batch = make_batch(config, seed=seed)
+        batch["labeled"]["label"] *= 0
+        batch["unlabeled"]["extent"] = np.full_like(batch["unlabeled"]["extent"], 8)  # of 20; the patch is 16
+        return batch
+
+    monkeypatch.setitem(globals(), "make_batch", half_padding)
+    monkeypatch.setattr(augment, "weak_intensity", lambda key, image, **_: 0 * image + 1)
+    monkeypatch.setattr(augment, "strong_intensity", lambda key, image, **_: 0 * image + 2)
+    fields = {"consistency.weight": 1.0, "pseudo_label.threshold": 0.0, "augment.cutmix_probability": 0.0}
+    metrics = run_pixelwise(small("pseudo_label", **fields), "views")
+    weak, strong = probabilities(1.0), probabilities(2.0)
+    np.testing.assert_allclose(metrics["sup_ce"], -np.log(strong[0]), rtol=1e-5)
+    np.testing.assert_allclose(metrics["cons"], np.mean((strong - weak) ** 2), rtol=1e-5)
+    np.testing.assert_allclose(metrics["pl_ce"], -np.log(strong[0]) * 8 * 8 / (16 * 16), rtol=1e-5)
+    assert metrics["pl_coverage"] == 1
+
+
+def test_cutmix_mixes_targets_as_it_mixes_images(run_pixelwise, monkeypatch):
+    """Where both views are the image, a mixed image is asked for what the network says of it."""
+    for name in ("weak_intensity", "strong_intensity"):
+        monkeypatch.setattr(augment, name, lambda key, image, **_: image)
+    fields = {"augment.cutmix_probability": 1.0, "augment.cutmix_labeled": 0.0}
+    assert run_pixelwise(small("mean_teacher", **fields), "mixed")["cons"] < 1e-10
+
+
+def test_the_consistency_counts_with_its_weight(cheap):
+    _, metrics = run(small("mean_teacher", ramp=0.0, **{"consistency.weight": 7.0}), steps=1)
+    sup = 0.5 * metrics["sup_ce"] + 0.5 * metrics["sup_dice"]
+    assert metrics["cons"] > 1e-4
+    np.testing.assert_allclose(metrics["loss"], sup + 7.0 * metrics["cons"], rtol=1e-5)
 
 
 def test_the_gradient_takes_competence_for_a_constant(cheap):

@@ -119,7 +119,47 @@ def test_a_new_training_in_a_used_folder_shows_nothing_of_the_old(trained, tiny_
     assert "val_list.txt" in left and not {"val_cases.csv", "val_features.png"} & left
 
 
+@pytest.mark.parametrize("scores", [(0.5, 0.7, 0.6), (np.nan, 0.6, 0.6)])
+def test_val_alone_chooses_the_checkpoint(scores, trained, tiny_config, no_tables, tmp_path, monkeypatch):
+    """Of three evaluations the second is best; of equal ones the first. Test has no say."""
+    measured, turns, evaluate_cases = [], iter(scores), evaluate.evaluate_cases
+
+    def listed(predict_, variables, dataset, cases, *others):
+        measured.append({case.patient_id for case in cases})
+        return evaluate_cases(predict_, variables, dataset, cases, *others)
+
+    def summary(_):
+        return SimpleNamespace(overall_mean={"dice": next(turns), "hd95": 1.0})
+
+    monkeypatch.setattr(evaluate, "evaluate_cases", listed)
+    monkeypatch.setattr(train.metrics, "summarise", summary)
+    train.train(tiny_config(), tmp_path)
+    assert measured == [{"patient005"}] * 3
+    best, last = (experiment.load_networks(tmp_path, kind) for kind in ("best", "last"))
+    assert {network.path.name for network in best.values()} == {"80"}
+    assert {network.path.name for network in last.values()} == {"120"}
+    state, _ = state_of(tmp_path, tiny_config(), "best")
+    for name in ("student", "teacher"):
+        loaded, saved = best[name].variables["params"], getattr(state, name)
+        assert all(map(np.array_equal, jax.tree.leaves(loaded), jax.tree.leaves(saved)))
+    assert not all(map(np.array_equal, jax.tree.leaves(state.student), jax.tree.leaves(state.teacher)))
+
+
+def test_evaluate_refuses_other_data_than_those_of_the_training(trained, phantom_scans, tmp_path):
+    acdc.prepare(phantom_scans, tmp_path / "other", spacing=7.0)
+    with pytest.raises(SystemExit, match="other is not the prepared dataset that .* was trained with"):
+        evaluate.main([f"--checkpoint={trained[0]}", f"--data={tmp_path / 'other'}"])
+
+
 # ----------------------------------------------------------------------------------------------------------- learning
+
+
+def test_batches_hold_the_patients_of_their_part_alone(tiny_config):
+    config, dataset, roles = train.open_data(tiny_config())
+    pools = train.Batches(config, dataset, roles).pools
+    patients = {part: {case.patient_id for case, _ in pool.samples} for part, pool in pools.items()}
+    assert patients["labeled"] == set(dataset.patients["train"][:2])
+    assert patients["unlabeled"] == set(dataset.patients["train"][2:]) and len(patients["unlabeled"]) == 2
 
 
 def test_a_batch_is_the_same_from_device_memory_and_from_disk(tiny_config):
@@ -206,7 +246,12 @@ def test_a_table_of_test_that_is_there_is_measured_again(trained, tiny_config, t
     shutil.copytree(trained[0], tmp_path / "copy")
     (tmp_path / "copy" / "test_cases.csv").touch()
     assert set(train.train(tiny_config(), tmp_path / "copy")) == {"val", "test"}
-    assert set(json.loads((tmp_path / "copy" / "run.json").read_text())["measured_on"]) == {"val", "test"}
+    dataset = open_prepared(tiny_config().data.path)
+    told = json.loads((tmp_path / "copy" / "run.json").read_text())["measured_on"]
+    for split, patient in (("val", "patient005"), ("test", "patient006")):
+        with open(tmp_path / "copy" / f"{split}_cases.csv", newline="") as file:
+            assert {row["patient"] for row in csv.DictReader(file)} == {patient}
+        assert told[split] == digest_of_labels(dataset, [c for c in dataset.cases if c.patient_id == patient])
 
 
 # ------------------------------------------------------------------------------------------------------------ resuming
