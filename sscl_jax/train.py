@@ -171,10 +171,6 @@ def _train(
         for step, batch in batches.run(start, config.steps):
             state, step_metrics = step_fn(state, batch)
             unread.append((step, step_metrics))
-            if step == start and config.log_every > 1:  # compiles, which takes time and says nothing of the speed
-                jax.block_until_ready(step_metrics)
-                memory["seconds"] += time.monotonic() - mark
-                mark, mark_step = time.monotonic(), start + 1
             # One step runs and one waits: that keeps a device busy, and with more in line a signal would wait for all.
             if len(unread) >= IN_FLIGHT:
                 jax.block_until_ready(unread[-IN_FLIGHT])
@@ -182,6 +178,10 @@ def _train(
             final = done == config.steps
             at_log = final or done % config.log_every == 0
             at_eval = bool(roles.val) and (final or done % config.eval.every == 0)
+            if step == start and not (at_log or at_eval):  # compiles: that takes time and says nothing of the speed
+                jax.block_until_ready(step_metrics)
+                memory["seconds"] += time.monotonic() - mark
+                mark, mark_step = time.monotonic(), done
             # Looked at once: a signal that comes later in this turn is answered in the next, with a save of its own.
             # Several processes must stop at the same step, so they agree on it where they log.
             stopping = parallel.agreed(caught[0] if caught else 0) if alone or at_log else 0
