@@ -207,6 +207,14 @@ class Corrected(Exception):
     """A mask that stays as it is, since it is not what `predict` wrote."""
 
 
+def _check_replaceable(target: Path) -> None:
+    """Lets only a mask be replaced that `predict` wrote and nobody changed. Raises ValueError, Corrected."""
+    if not nifti.is_our_mask(target):
+        raise ValueError(f"{target}: is no mask that predict wrote, so it stays; choose another --output.")
+    if not nifti.is_unchanged_mask(target):
+        raise Corrected(f"{target}: may have been corrected since predict wrote it")
+
+
 class Outcome(NamedTuple):
     """What became of a scan: its mask, or why there is none, the seconds of work on it, and what was warned of."""
 
@@ -231,10 +239,8 @@ def predict_scans(
             try:
                 if target.resolve() in originals:
                     raise ValueError(f"{target}: the mask would replace a scan; choose another --output.")
-                if target.is_file() and not target.is_symlink() and not nifti.is_our_mask(target):
-                    raise ValueError(f"{target}: is no mask that predict wrote, so it stays; choose another --output.")
-                if target.is_file() and not target.is_symlink() and not nifti.is_unchanged_mask(target):
-                    raise Corrected(f"{target}: may have been corrected since predict wrote it")
+                if target.is_file() and not target.is_symlink():
+                    _check_replaceable(target)
                 prepared = read_prepared(network, scan.paths)
             except Exception as raised:  # for its turn: the scans before it are not told yet
                 error = raised
@@ -305,10 +311,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             if os.environ.get("SSCL_TRACEBACK"):
                 raise
             failed += 1
-            kind = "out of memory: " if parallel.out_of_memory(error) else f"{type(error).__name__}: "
-            named = isinstance(error, (ValueError, OSError))
-            lacking = "" if named else f"{outcome.scan.paths[0]}: {kind}"
-            print(f"error: {lacking}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            told = " ".join(str(error).split())
+            if not isinstance(error, (ValueError, OSError)):  # these name the file
+                kind = "out of memory" if parallel.out_of_memory(error) else type(error).__name__
+                told = f"{outcome.scan.paths[0]}: {kind}: {told}"
+            print(f"error: {told}", file=sys.stderr, flush=True)
     if failed:
         sys.exit(f"error: {failed} of {len(scans)} scans could not be segmented; the reasons are above.")
 

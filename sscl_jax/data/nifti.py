@@ -98,10 +98,12 @@ def read_channels(paths: Sequence[Path], read: Callable[[Path], tuple]) -> tuple
     (array, affine, *rest), *others = [read(path) for path in paths]
     parts = [array]
     for path, (other, other_affine, *_) in zip(paths[1:], others, strict=True):
-        shape, expected = other.shape[:3], array.shape[:3]
-        far = grids_apart(shape, other_affine, affine) if shape == expected else math.inf
-        if far:
-            told = f"{far:.3g} mm apart" if shape == expected else f"shapes {shape} and {expected}"
+        told = ""
+        if other.shape[:3] != array.shape[:3]:
+            told = f"shapes {other.shape[:3]} and {array.shape[:3]}"
+        elif far := grids_apart(array.shape[:3], other_affine, affine):
+            told = f"{far:.3g} mm apart"
+        if told:
             raise ValueError(
                 f"{path}: is not on the grid of {paths[0]}, as the channels of one image must be ({told}): resample it"
             )
